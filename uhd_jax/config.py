@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -30,6 +29,11 @@ PARTS = ("tower", "patch_embedding", "position_table", "compressor", "connector"
 
 class ConfigError(ValueError):
     """A key of the configuration is unknown, has the wrong type, or contradicts another."""
+
+
+def _require(condition: bool, key: str, message: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}: {message}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,11 +285,6 @@ class RunConfig:
     train: TrainConfig
 
 
-def _require(condition: bool, key: str, message: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key}: {message}")
-
-
 def from_config_dict(config: Any, cls: type = RunConfig, path: str = "config") -> Any:
     """Builds `cls` from a ConfigDict or plain mapping.
 
@@ -319,7 +318,7 @@ def _build(annotation: Any, value: Any, path: str) -> Any:
     if origin is Mapping:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}: expected a mapping, got {type(value).__name__}")
-        return types.MappingProxyType(dict(value))
+        return dict(value)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):

@@ -1,0 +1,1 @@
+"""Linen modules that own parameters, and `uhd`, the whole model as functions of a parameter tree."""

@@ -1,0 +1,135 @@
+"""Small pieces every part of the model uses: norms, dense layers, and stacks of equal layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from uhd_jax.ops.attention import attention
+
+Dtype = Any
+
+torch_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # the weight rule of torch.nn.Linear
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def dense(features: int, dtype: Dtype, name: str, *, bias: bool = True, init=nn.initializers.lecun_normal()) -> nn.Dense:
+    """A linear layer with float32 parameters, computed in `dtype`; kernel [in, out]."""
+    return nn.Dense(features, use_bias=bias, dtype=dtype, param_dtype=jnp.float32, kernel_init=init, name=name)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm computed in float32 whatever comes in, returned in `dtype` (bfloat16 norms overflowed upstream)."""
+
+    eps: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm computed in float32, returned in `dtype`."""
+
+    eps: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        return (x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps) * scale).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with separate, biased projections."""
+
+    heads: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """x float[B, T, D], mask bool[B, 1, 1, T] or None -> float[B, T, D]."""
+        width = x.shape[-1]
+        split = (*x.shape[:-1], self.heads, width // self.heads)
+        query, key, value = (dense(width, self.dtype, n)(x).reshape(split) for n in ("query", "key", "value"))
+        return dense(width, self.dtype, "out")(attention(query, key, value, mask).reshape(x.shape))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around a tanh-approximated GELU."""
+
+    width: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., D] -> float[..., D]."""
+        hidden = nn.gelu(dense(self.width, self.dtype, "fc1")(x), approximate=True)
+        return dense(x.shape[-1], self.dtype, "fc2")(hidden)
+
+
+def stack_init(layer: nn.Module, depth: int, *example: Any) -> Callable[[jax.Array], dict]:
+    """Initialiser of `depth` equal layers as one tree whose leaves have a leading layer axis [L, ...].
+
+    For `self.param("layers", stack_init(...))`. `layer` must be unbound (parent=None); `example` are arguments of its
+    `__call__`, of which only shapes and dtypes matter.
+    """
+
+    def init(key: jax.Array) -> dict:
+        keys = jax.random.split(key, depth)
+        return jax.vmap(lambda k: layer.init(k, *example)["params"])(keys)
+
+    return init
+
+
+def run_stack(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    stacked: Any,
+    *,
+    scan: bool,
+    remat: str,
+    start: int = 0,
+    stop: int | None = None,
+) -> tuple[Any, Any]:
+    """Runs layers `start` to `stop` (exclusive) of a stacked tree.
+
+    Args:
+      step: (carry, one layer's slice of `stacked`) -> (carry, output of the layer).
+      carry: goes from layer to layer.
+      stacked: tree whose leaves have a leading layer axis.
+      scan: one compiled body for all layers, else a Python loop (to compare, and to count FLOPs).
+      remat: name in REMAT_POLICIES, or "none".
+      start: first layer.
+      stop: one past the last layer; None for all.
+
+    Returns:
+      The last carry, and the layers' outputs stacked on a leading axis.
+    """
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+    part = jax.tree.map(lambda leaf: leaf[start:stop], stacked)
+    if scan:
+        return jax.lax.scan(step, carry, part)
+    outputs = []
+    for index in range(jax.tree.leaves(part)[0].shape[0]):
+        carry, output = step(carry, jax.tree.map(lambda leaf, i=index: leaf[i], part))
+        outputs.append(output)
+    if not outputs:
+        return jax.lax.scan(step, carry, part)  # no layers: scan knows the outputs' shapes
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)

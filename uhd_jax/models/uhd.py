@@ -1,0 +1,195 @@
+"""The whole model as pure functions of a parameter tree: views -> visual tokens -> decoder -> logits or loss.
+
+Parameters are a nested dict {"tower", "connector", "decoder"} of float32 arrays; layers are stacked on a leading axis.
+Dimension letters: B rows, S view slots, V views, P patches per view, T tokens, D decoder width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from uhd_jax.batch import Batch
+from uhd_jax.config import ModelConfig
+from uhd_jax.models.compressor import reuse_init
+from uhd_jax.models.decoder import Decoder, KeyValues
+from uhd_jax.models.merger import MergingMlp
+from uhd_jax.models.vit import Tower
+from uhd_jax.ops.attention import packed_causal_mask
+from uhd_jax.ops.losses import chunked_cross_entropy
+from uhd_jax.ops.merge import place_visual_tokens
+
+Params = dict[str, Any]
+
+
+def tower(config: ModelConfig) -> Tower:
+    """The tower's module."""
+    return Tower(config.tower, config.compressor, jnp.dtype(config.dtype), config.scan_layers, config.tower_remat)
+
+
+def connector(config: ModelConfig) -> MergingMlp:
+    """The connector's module."""
+    return MergingMlp(config.connector, config.decoder.width, jnp.dtype(config.dtype))
+
+
+def decoder(config: ModelConfig) -> Decoder:
+    """The decoder's module."""
+    return Decoder(config.decoder, jnp.dtype(config.dtype), config.scan_layers, config.decoder_remat)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Random parameters, the compressor started from the layer it follows. Pure: jit it with `out_shardings`."""
+    keys = dict(zip(("tower", "connector", "decoder"), jax.random.split(key, 3), strict=True))
+    patches = jnp.zeros((1, 16, config.tower.patch_dim))
+    grids = jnp.full((1, 2), 4, jnp.int32)
+    compress = config.compressor.kind != "none"
+    tokens = jnp.zeros((1, 16, config.tower.width))
+    embeddings = jnp.zeros((1, 1, config.decoder.width))
+    position = jnp.zeros((1, 1), jnp.int32)
+    params = {
+        "tower": tower(config).init(keys["tower"], patches, grids, levels=2, compress=compress)["params"],
+        "connector": connector(config).init(keys["connector"], tokens)["params"],
+        "decoder": decoder(config).init(keys["decoder"], embeddings, position, jnp.ones((1, 1, 1, 1), bool))["params"],
+    }
+    return start_compressor(params, config)
+
+
+def start_compressor(params: Params, config: ModelConfig) -> Params:
+    """Reuse initialisation: the compressor's weights from the tower layer it follows (spec v4 section 2.5)."""
+    if "compressor" not in params["tower"]:
+        return params
+    layer = jax.tree.map(lambda leaf: leaf[config.compressor.after_layer], params["tower"]["layers"])
+    start = reuse_init(config.compressor.kind, layer, params["tower"]["compressor"])
+    return {**params, "tower": {**params["tower"], "compressor": start}}
+
+
+def normalise_patches(patches: jax.Array) -> jax.Array:
+    """uint8 -> float32 in [-1, 1], SigLIP's mean and deviation of 0.5; on device, so that bytes travel."""
+    return patches.astype(jnp.float32) / 127.5 - 1.0
+
+
+def encode_views(
+    params: Params, patches: jax.Array, grids: jax.Array, config: ModelConfig, mode: str | None = None
+) -> jax.Array:
+    """Visual tokens of views.
+
+    Args:
+      params: the model's parameters.
+      patches: uint8[V, P, patch_dim] in merge order, P a multiple of 4**levels.
+      grids: int32[V, 2] patch rows and columns, each a multiple of 2**levels; (0, 0) for an empty slot.
+      config: the model.
+      mode: "16x" or "4x"; None for the config's.
+
+    Returns:
+      float[V, P / 4**levels, D] in raster order; what lies behind a view's own tokens is meaningless.
+    """
+    mode = mode or config.mode
+    levels = config.merge_levels(mode)
+    if patches.shape[1] % 4**levels:
+        raise ValueError(f"room for {patches.shape[1]} patches per view is not a multiple of {4**levels}")
+    features, _ = tower(config).apply(
+        {"params": params["tower"]}, normalise_patches(patches), grids, levels=levels, compress=mode == "16x"
+    )
+    return connector(config).apply({"params": params["connector"]}, features)
+
+
+def embed(params: Params, batch: Batch, config: ModelConfig, mode: str | None = None) -> jax.Array:
+    """float[B, T, D]: token embeddings with the visual tokens in their places."""
+    rows, slots = batch.patches.shape[:2]
+    words = decoder(config).apply({"params": params["decoder"]}, batch.tokens, method="embed")
+    if slots == 0:
+        return words
+    views = encode_views(
+        params, batch.patches.reshape(rows * slots, *batch.patches.shape[2:]), batch.patch_grids.reshape(-1, 2), config, mode
+    )
+    features = views.reshape(rows, -1, views.shape[-1])
+    return place_visual_tokens(words, features, batch.visual_index)
+
+
+def hidden_states(params: Params, batch: Batch, config: ModelConfig, mode: str | None = None) -> jax.Array:
+    """float[B, T, D]: the decoder's output before the head."""
+    x = embed(params, batch, config, mode)
+    mask = packed_causal_mask(batch.segments)
+    return decoder(config).apply({"params": params["decoder"]}, x, batch.positions, mask)[0]
+
+
+def head_kernel(params: Params, config: ModelConfig) -> jax.Array:
+    """float32[D, V]."""
+    return decoder(config).apply({"params": params["decoder"]}, method="head_kernel")
+
+
+def _project(hidden: jax.Array, params: Params, config: ModelConfig) -> jax.Array:
+    kernel = head_kernel(params, config).astype(hidden.dtype)
+    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def logits(params: Params, batch: Batch, config: ModelConfig, mode: str | None = None) -> jax.Array:
+    """float32[B, T, V] at every position: whole, so for short inputs; training uses `loss_sums`."""
+    return _project(hidden_states(params, batch, config, mode), params, config)
+
+
+def loss_sums(params: Params, batch: Batch, config: ModelConfig, mode: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """Sum of weighted token losses and sum of weights, float32[] each; their quotient is the loss.
+
+    The weight at t belongs to predicting tokens[t] from what stands before it, so a sample's first token must weigh 0.
+    """
+    hidden = hidden_states(params, batch, config, mode)
+    weights = batch.loss_weights[:, 1:]
+    total = chunked_cross_entropy(
+        hidden[:, :-1], head_kernel(params, config), batch.tokens[:, 1:], weights, config.loss_chunk
+    )
+    return total, jnp.sum(weights)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "cache_length", "mode"))
+def prefill(
+    params: Params, batch: Batch, config: ModelConfig, cache_length: int, mode: str | None = None
+) -> tuple[jax.Array, KeyValues]:
+    """Reads prompts, one per row from its left end, and starts the cache.
+
+    Args:
+      params: the model's parameters.
+      batch: rows with one sample each; segments are 1 on the prompt and 0 behind it.
+      config: the model.
+      cache_length: S, room for prompt and answer.
+      mode: "16x" or "4x"; None for the config's.
+
+    Returns:
+      float32[B, V] logits after each prompt's last token, and the cache float[L, B, S, K, H].
+    """
+    x = embed(params, batch, config, mode)
+    hidden, keys_values = decoder(config).apply(
+        {"params": params["decoder"]}, x, batch.positions, packed_causal_mask(batch.segments), keep=True
+    )
+    lengths = jnp.sum(batch.segments > 0, axis=1)
+    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+    room = cache_length - batch.tokens.shape[1]
+    cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]), keys_values)
+    return _project(last, params, config)[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def decode_step(
+    params: Params, tokens: jax.Array, index: jax.Array, cache: KeyValues, config: ModelConfig
+) -> tuple[jax.Array, KeyValues]:
+    """One token per row.
+
+    Args:
+      params: the model's parameters.
+      tokens: int32[B], the token just chosen in each row.
+      index: int32[B], its position, which is also its place in the cache; what lay there (prompt padding) is overwritten.
+      cache: float[L, B, S, K, H]; donated.
+      config: the model.
+
+    Returns:
+      float32[B, V] logits of the next token, and the cache with this token in it.
+    """
+    module = decoder(config)
+    x = module.apply({"params": params["decoder"]}, tokens[:, None], method="embed")
+    slots = jnp.arange(cache["key"].shape[2])
+    mask = (slots[None] <= index[:, None])[:, None, None, :]
+    hidden, cache = module.apply({"params": params["decoder"]}, x, index[:, None], mask, cache, index)
+    return _project(hidden, params, config)[:, 0], cache

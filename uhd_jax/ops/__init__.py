@@ -1,0 +1,1 @@
+"""Plain functions of arrays: no modules, no parameters of their own."""
