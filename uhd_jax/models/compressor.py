@@ -1,7 +1,7 @@
 """The compressor inside the tower: every 2x2 window of tokens becomes one token.
 
-All eight variants of the ablation (LLaVA-UHD v4 Tables 4 and A3; spec v4 sections 1.6, 2.4, 2.5). The paper's module D is
-`window_attention_reused_mlp`. Where the paper gives only names and FLOPs, the choices made here are said at the variant.
+All eight variants of the ablation (LLaVA-UHD v4 Tables 4 and A3; spec v4 sections 1.6, 2.4, 2.5). The paper's module D
+is `window_attention_reused_mlp`. Where the paper gives only names and FLOPs, the variant says what was chosen here.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Compressor(nn.Module):
         return layers.Attention(self.config.heads, self.dtype, name="attention")(flat, None).reshape(x.shape)
 
     def _reused_mlp(self, x: jax.Array) -> jax.Array:
-        """mean of the window + W2 gelu_tanh(W1 LN_4d(concat of the window)), W1: 4d -> 4f, W2: 4f -> d."""
+        """Mean of the window + W2 gelu_tanh(W1 LN_4d(concat of the window)), W1: 4d -> 4f, W2: 4f -> d."""
         windows = merge_windows(x)
         joined = self._norm("mlp_norm")(windows.reshape(*windows.shape[:-2], -1))
         hidden = nn.gelu(layers.dense(4 * self.config.mlp_width, self.dtype, "linear_1")(joined), approximate=True)
@@ -84,8 +84,8 @@ class Compressor(nn.Module):
     def _cross_attention(self, x: jax.Array) -> jax.Array:
         """One query per window (its top-left token, or the mean) attends to the window's four; then norm2 and an Mlp.
 
-        The paper's cost counts the query projection on all four tokens; projecting the one query gives the same numbers,
-        since picking and averaging commute with a linear layer.
+        The paper's cost counts the query projection on all four tokens; projecting the one query gives the same
+        numbers, since picking and averaging commute with a linear layer.
         """
         heads, width = self.config.heads, self.config.width
 
@@ -109,7 +109,7 @@ class _CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, query: jax.Array, context: jax.Array) -> jax.Array:
-        """query float[B, T, D], context float[B, S, D] -> float[B, T, D]."""
+        """Query float[B, T, D], context float[B, S, D] -> float[B, T, D]."""
         width = query.shape[-1]
 
         def project(x, name):
@@ -122,9 +122,9 @@ class _CrossAttention(nn.Module):
 def reuse_init(kind: str, layer: Any, fresh: Any) -> Any:
     """Start values of a compressor from the layer it follows (spec v4 section 2.5).
 
-    With the four tokens of every window equal, the paper's module then computes exactly what `layer` computes on one of
-    them: W1 is block-diagonal in four copies of fc1, W2 is a quarter of four copies of fc2 side by side, the residual is
-    the window mean.
+    With the four tokens of every window equal, the paper's module then computes exactly what `layer` computes on one
+    of them: W1 is block-diagonal in four copies of fc1, W2 is a quarter of four copies of fc2 side by side, the residual
+    is the window mean.
 
     Args:
       kind: a compressor kind; those without reused weights are returned as they are.

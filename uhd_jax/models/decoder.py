@@ -100,6 +100,7 @@ class Decoder(nn.Module):
     remat: str = "none"
 
     def setup(self):
+        """Declares the parameters."""
         cfg = self.config
         normal = nn.initializers.normal(0.02)
         self.embedding = self.param("embedding", normal, (cfg.vocab_size, cfg.width), jnp.float32)

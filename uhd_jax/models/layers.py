@@ -13,6 +13,9 @@ from uhd_jax.ops.attention import attention
 
 Dtype = Any
 
+Initializer = Callable[..., jax.Array]
+
+lecun_init = nn.initializers.lecun_normal()
 torch_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # the weight rule of torch.nn.Linear
 
 REMAT_POLICIES = {
@@ -21,7 +24,7 @@ REMAT_POLICIES = {
 }
 
 
-def dense(features: int, dtype: Dtype, name: str, *, bias: bool = True, init=nn.initializers.lecun_normal()) -> nn.Dense:
+def dense(features: int, dtype: Dtype, name: str, *, bias: bool = True, init: Initializer = lecun_init) -> nn.Dense:
     """A linear layer with float32 parameters, computed in `dtype`; kernel [in, out]."""
     return nn.Dense(features, use_bias=bias, dtype=dtype, param_dtype=jnp.float32, kernel_init=init, name=name)
 
@@ -34,6 +37,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., D] -> float[..., D]."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
@@ -50,9 +54,11 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., D] -> float[..., D]."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
-        return (x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps) * scale).astype(self.dtype)
+        rms = jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x / rms * scale).astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -63,7 +69,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """x float[B, T, D], mask bool[B, 1, 1, T] or None -> float[B, T, D]."""
+        """Self-attention on x float[B, T, D] with mask bool[B, 1, 1, T] or None -> float[B, T, D]."""
         width = x.shape[-1]
         split = (*x.shape[:-1], self.heads, width // self.heads)
         query, key, value = (dense(width, self.dtype, n)(x).reshape(split) for n in ("query", "key", "value"))

@@ -102,9 +102,8 @@ def embed(params: Params, batch: Batch, config: ModelConfig, mode: str | None = 
     words = decoder(config).apply({"params": params["decoder"]}, batch.tokens, method="embed")
     if slots == 0:
         return words
-    views = encode_views(
-        params, batch.patches.reshape(rows * slots, *batch.patches.shape[2:]), batch.patch_grids.reshape(-1, 2), config, mode
-    )
+    patches = batch.patches.reshape(rows * slots, *batch.patches.shape[2:])
+    views = encode_views(params, patches, batch.patch_grids.reshape(-1, 2), config, mode)
     features = views.reshape(rows, -1, views.shape[-1])
     return place_visual_tokens(words, features, batch.visual_index)
 
@@ -131,7 +130,9 @@ def logits(params: Params, batch: Batch, config: ModelConfig, mode: str | None =
     return _project(hidden_states(params, batch, config, mode), params, config)
 
 
-def loss_sums(params: Params, batch: Batch, config: ModelConfig, mode: str | None = None) -> tuple[jax.Array, jax.Array]:
+def loss_sums(
+    params: Params, batch: Batch, config: ModelConfig, mode: str | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Sum of weighted token losses and sum of weights, float32[] each; their quotient is the loss.
 
     The weight at t belongs to predicting tokens[t] from what stands before it, so a sample's first token must weigh 0.
@@ -180,7 +181,7 @@ def decode_step(
     Args:
       params: the model's parameters.
       tokens: int32[B], the token just chosen in each row.
-      index: int32[B], its position, which is also its place in the cache; what lay there (prompt padding) is overwritten.
+      index: int32[B], its position, which is also its place in the cache; prompt padding that lay there is overwritten.
       cache: float[L, B, S, K, H]; donated.
       config: the model.
 

@@ -6,8 +6,6 @@ Dimension letters: V views, P patches per view, D width, N heads, H head dim.
 
 from __future__ import annotations
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,7 +25,7 @@ class TowerLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """x float[V, P, D], mask bool[V, 1, 1, P] -> float[V, P, D]."""
+        """One layer on x float[V, P, D] with mask bool[V, 1, 1, P] -> float[V, P, D]."""
         cfg, dtype = self.config, self.dtype
         attended = layers.Attention(cfg.heads, dtype, name="attention")(
             layers.LayerNorm(cfg.norm_eps, dtype, name="norm1")(x), mask

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32[B, T, H/2], of positions int[B, T] times theta**(-2i/H)."""
+    """Returns cos and sin, float32[B, T, H/2], of positions int[B, T] times theta**(-2i/H)."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)

@@ -1,0 +1,1 @@
+"""PyTorch checkpoints: one declarative table per family, read in both directions."""

@@ -1,0 +1,150 @@
+"""Name tables between our parameter tree and a PyTorch state dict, and moving tensors along them.
+
+A table is a list of `Entry`. `{L}` in the foreign name stands for the layer index of a stacked parameter. Reading is
+strict in both directions: whatever is missing, unexpected or of another shape is listed, all of it, with both shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+class ConvertError(ValueError):
+    """A checkpoint does not fit the table of its family."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How one tensor changes; `back` undoes `forth`. Shapes are those of a single layer."""
+
+    forth: Callable[[np.ndarray], np.ndarray]
+    back: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]  # (ours, shape of theirs)
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # shape of ours from shape of theirs
+
+
+SAME = Rule(lambda a: a, lambda a, _: a, lambda s: s)
+TRANSPOSE = Rule(lambda a: a.T, lambda a, _: a.T, lambda s: s[::-1])
+# torch convolution [out, channel, y, x] <-> matmul kernel [(channel, y, x), out]
+PATCH_CONVOLUTION = Rule(
+    lambda a: a.reshape(a.shape[0], -1).T,
+    lambda a, shape: a.T.reshape(shape),
+    lambda s: (int(np.prod(s[1:])), s[0]),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One parameter of ours and the tensor, or with `{L}` the tensors, it is made of."""
+
+    ours: str  # path in the parameter tree, "tower/layers/norm1/scale"
+    theirs: str
+    rule: Rule = SAME
+    foreign_shape: tuple[int, ...] | None = None  # where theirs can't be told from ours (convolutions)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether ours has a leading layer axis."""
+        return "{L}" in self.theirs
+
+    def names(self, layers: int) -> list[str]:
+        """Foreign names, one per layer, or one."""
+        return [self.theirs.replace("{L}", str(i)) for i in range(layers)] if self.stacked else [self.theirs]
+
+
+def dense(ours: str, theirs: str, *, bias: bool = True) -> list[Entry]:
+    """A linear layer: [out, in] weight to [in, out] kernel, and its bias."""
+    entries = [Entry(f"{ours}/kernel", f"{theirs}.weight", TRANSPOSE)]
+    return entries + ([Entry(f"{ours}/bias", f"{theirs}.bias")] if bias else [])
+
+
+def layer_norm(ours: str, theirs: str) -> list[Entry]:
+    """A LayerNorm's weight and bias."""
+    return [Entry(f"{ours}/scale", f"{theirs}.weight"), Entry(f"{ours}/bias", f"{theirs}.bias")]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dict to {path: leaf}, paths joined by "/"."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def import_tensors(
+    table: Iterable[Entry],
+    tensors: Mapping[str, np.ndarray],
+    abstract: Mapping[str, Any],
+    dropped: Callable[[str], bool] = lambda name: False,
+) -> dict[str, Any]:
+    """A foreign state dict as our parameter tree, in float32.
+
+    Args:
+      table: the family's entries.
+      tensors: foreign name -> array.
+      abstract: our tree of shapes (`jax.eval_shape` of the initialiser).
+      dropped: foreign names left out on purpose.
+
+    Raises:
+      ConvertError: lists every missing, unexpected and misshaped tensor.
+    """
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
+    problems, flat, used = [], {}, set()
+    entries = {entry.ours: entry for entry in table}
+    for path, shape in shapes.items():
+        if path not in entries:
+            problems.append(f"no entry in the table for {path} {shape}")
+            continue
+        entry = entries[path]
+        single = shape[1:] if entry.stacked else shape
+        names = entry.names(shape[0] if entry.stacked else 1)
+        used.update(names)
+        parts = []
+        for name in names:
+            if name not in tensors:
+                problems.append(f"missing {name} (for {path} {single})")
+            elif entry.rule.shape(tuple(tensors[name].shape)) != single:
+                problems.append(f"{name} has shape {tuple(tensors[name].shape)}, which does not give {path} {single}")
+            else:
+                parts.append(entry.rule.forth(np.asarray(tensors[name], np.float32)))
+        if len(parts) == len(names):
+            flat[path] = np.stack(parts) if entry.stacked else np.ascontiguousarray(parts[0])
+    left = [name for name in tensors if name not in used and not dropped(name)]
+    problems += [f"unexpected {name} {tuple(tensors[name].shape)}" for name in left]
+    if problems:
+        raise ConvertError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
+    return unflatten(flat)
+
+
+def export_tensors(table: Iterable[Entry], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Our parameter tree as a foreign state dict; every parameter must have an entry.
+
+    Raises:
+      ConvertError: lists parameters without an entry.
+    """
+    entries = {entry.ours: entry for entry in table}
+    flat = flatten(params)
+    if missing := sorted(set(flat) - set(entries)):
+        raise ConvertError("no entry in the table for:\n  " + "\n  ".join(missing))
+    tensors = {}
+    for path, value in flat.items():
+        entry, value = entries[path], np.asarray(value)
+        layers = value if entry.stacked else [value]
+        for name, layer in zip(entry.names(len(value) if entry.stacked else 1), layers, strict=True):
+            tensors[name] = np.ascontiguousarray(entry.rule.back(layer, entry.foreign_shape))
+    return tensors

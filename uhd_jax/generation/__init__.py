@@ -1,0 +1,1 @@
+"""Answers: sampling, cached decoding, and the object a user holds."""
