@@ -1,0 +1,65 @@
+"""Show how an image is cut: thumbnail, slices, patches, visual tokens.
+
+  uhd-jax slices photo.jpg                     a table
+  uhd-jax slices photo.jpg --out=slices.png    and a picture
+  uhd-jax slices --size=1344x896 --json        the same numbers for a size, without an image
+
+Without --config the rule is that of LLaVA-UHD v4: views of about 448x448 pixels, at most 9 slices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from uhd_jax.cli.common import UsageError, positive, size, whole_file
+from uhd_jax.config import MODES, RunConfig, SlicingConfig, TowerConfig
+from uhd_jax.slicing import image_io
+from uhd_jax.slicing.plan import Plan, make_plan
+
+CONFIG = "optional"
+V4_LEVELS = {"16x": 2, "4x": 1}  # the compressor and one merging round; 4x leaves the compressor out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `uhd-jax slices`."""
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="an image file")
+    parser.add_argument("--size", type=size, metavar="HxW", help="height and width in pixels, instead of an image")
+    parser.add_argument("--mode", choices=MODES, help="compression (default: the configuration's, else 16x)")
+    parser.add_argument("--max-slices", type=positive, metavar="N", help="replaces the configuration's limit")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--out", metavar="F.png", help="draw the image with its views into this file")
+
+
+def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
+    """Prints the plan and draws it on request."""
+    if (arguments.image is None) == (arguments.size is None):
+        raise UsageError("give either an IMAGE or --size=HxW")
+    if arguments.out and arguments.image is None:
+        raise UsageError("--out draws an image: give IMAGE instead of --size")
+    slicing = config.model.slicing if config else SlicingConfig()
+    patch_size = config.model.tower.patch_size if config else TowerConfig().patch_size
+    levels = config.model.merge_levels(arguments.mode) if config else V4_LEVELS[arguments.mode or "16x"]
+    image_size = arguments.size or image_io.read_size(arguments.image, slicing.limits)
+    plan = make_plan(image_size, slicing, patch_size, levels, arguments.max_slices)
+    if arguments.out:
+        from uhd_jax.slicing import viewer
+
+        picture = viewer.draw_slices(image_io.open_image(arguments.image, slicing.limits), plan)
+        with whole_file(arguments.out) as partial:
+            picture.save(partial, format="PNG")
+    print(json.dumps(plan.to_json()) if arguments.json else _table(plan))
+
+
+def _table(plan: Plan) -> str:
+    grid = f"{plan.grid} slices (rows x cols)" if plan.slice else "not sliced"
+    rows = [("", "views", "height x width", "patch grid", "patches", "visual tokens")]
+    views = [("thumbnail", 1, plan.thumbnail)] + ([("slice", plan.grid.area, plan.slice)] if plan.slice else [])
+    for name, count, view in views:
+        rows.append((name, count, view.size, view.patch_grid, view.patch_grid.area * count, view.visual_tokens * count))
+    rows.append(("together", len(plan.views), "", "", plan.patches, plan.visual_tokens))
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+             for row in cells]
+    return "\n".join([f"image {plan.image} (height x width): {grid}", *(line.rstrip() for line in lines)])
