@@ -1,0 +1,186 @@
+"""Saving, restoring, refusing."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import NamedSharding, PartitionSpec
+
+from uhd_jax.checkpoint import (
+    CheckpointError,
+    Checkpointer,
+    ConfigMismatch,
+    differing_keys,
+    load_model,
+    require_same_config,
+    save_model,
+)
+from uhd_jax.config import MeshConfig, to_dict
+from uhd_jax.sharding.mesh import make_mesh
+
+PARAMS = {"decoder": {"kernel": np.arange(64, dtype=np.float32).reshape(8, 8)}}
+TRAINING = {"step": np.int32(3), "moments": (np.ones(4, np.float32), ())}
+
+
+def abstract(tree, sharding=None):
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+
+def write(workdir, *steps, keep=2, meta=None):
+    checkpointer = Checkpointer(workdir, keep)
+    for step in steps:
+        checkpointer.save(step, PARAMS, TRAINING, {"next": step}, meta or {"config": to_dict(tiny.run())})
+    checkpointer.close()
+
+
+def test_restores_what_was_saved_into_other_shardings(tmp_path):
+    write(tmp_path, 3, 5, 9, keep=2)
+    checkpointer = Checkpointer(tmp_path)
+    assert checkpointer.latest_step() == 9
+    assert sorted(path.name for path in checkpointer.directory.iterdir() if path.is_dir()) == ["5", "9"]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    restored = checkpointer.restore(9, abstract(PARAMS, rows), abstract(TRAINING))
+    kernel = restored.params["decoder"]["kernel"]
+    assert kernel.sharding == rows
+    np.testing.assert_array_equal(kernel, PARAMS["decoder"]["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, restored.training, TRAINING)
+    assert restored.iterator == {"next": 9}
+    assert restored.meta["config"]["name"] == "tiny"
+
+
+def test_a_save_is_not_disturbed_by_donation(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jax.jit(lambda: jax.numpy.zeros((512, 512)))()
+    checkpointer.save(0, {"x": x}, TRAINING, {}, {})
+    for _ in range(50):
+        x = add(x)
+    checkpointer.wait()
+    restored = checkpointer.restore(0, abstract({"x": x}), abstract(TRAINING))
+    assert float(np.abs(restored.params["x"]).max()) == 0.0
+
+
+def test_leftover_temporary_folder_is_harmless(tmp_path):
+    write(tmp_path, 1)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "1", folder / "2.orbax-checkpoint-tmp")
+    assert Checkpointer(tmp_path).latest_step() == 1
+    write(tmp_path, 2)
+    assert Checkpointer(tmp_path).latest_step() == 2
+
+
+@pytest.mark.parametrize("item", ["params", "training", "iterator", "meta"])
+def test_missing_item_is_named(tmp_path, item):
+    write(tmp_path, 1, 2)
+    shutil.rmtree(tmp_path / "checkpoints" / "2" / item)
+    checkpointer = Checkpointer(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"checkpoints/2 lacks {item}; delete .*/2 to go on from checkpoint .*/?1"):
+        checkpointer.restore(2, abstract(PARAMS), abstract(TRAINING))
+
+
+def test_damaged_data_is_a_typed_error(tmp_path):
+    write(tmp_path, 1)
+    for path in (tmp_path / "checkpoints" / "1" / "params").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="checkpoints/1 cannot be read; no other checkpoint is there"):
+        Checkpointer(tmp_path).restore(1, abstract(PARAMS), abstract(TRAINING))
+
+
+def test_other_shapes_are_refused(tmp_path):
+    write(tmp_path, 1)
+    other = {"decoder": {"kernel": np.zeros((8, 4), np.float32)}}
+    with pytest.raises(CheckpointError, match=r"cannot be read.*\(8, 4\)"):
+        Checkpointer(tmp_path).restore(1, abstract(other), abstract(TRAINING))
+
+
+def test_config_of_another_model_is_refused_by_key(tmp_path):
+    config = tiny.run()
+    meta = {"config": to_dict(config)}
+    require_same_config(tmp_path, meta, config)
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, mode="4x"))
+    with pytest.raises(ConfigMismatch, match=r"model\.mode: '16x' there, '4x' here"):
+        require_same_config(tmp_path, meta, wider)
+    assert differing_keys(to_dict(config), to_dict(tiny.run([tiny.stage(rows=16)]))) == ["train.stages.0.rows"]
+
+
+def test_how_long_and_how_often_may_differ():
+    longer = tiny.run([tiny.stage(steps=99, accumulation=2)], log_every=7, checkpoint_every=9, mesh=MeshConfig(fsdp=2))
+    assert differing_keys(to_dict(tiny.run()), to_dict(longer)) == []
+
+
+def test_full_disk_is_a_typed_error_and_the_previous_checkpoint_stays(tmp_path):
+    script = textwrap.dedent(
+        """
+        import resource, sys
+        import numpy as np
+        from uhd_jax.checkpoint import Checkpointer, CheckpointError, save_model
+        from uhd_jax.config import DecoderConfig, ModelConfig
+
+        checkpointer = Checkpointer(sys.argv[1], keep=1)
+        random = np.random.default_rng(0)
+        params = {"a": random.random((256, 256), np.float32)}
+        checkpointer.save(1, params, {"step": np.int32(1)}, {}, {})
+        checkpointer.wait()
+        # No file may grow beyond 32 KiB: writes fail as they do on a full disk.
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (32 * 1024, hard))
+        try:
+            checkpointer.save(2, {"a": random.random((256, 256), np.float32)}, {"step": np.int32(2)}, {}, {})
+            checkpointer.wait()
+        except CheckpointError as error:
+            print("run:", error)
+        try:
+            save_model(sys.argv[1] + "/model", params, ModelConfig(DecoderConfig(8, 8, 8, 1, 1, 1, 8)))
+        except CheckpointError as error:
+            print("model:", error)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert f"run: cannot write {tmp_path}/checkpoints" in done.stdout, done.stderr
+    assert f"model: cannot write {tmp_path}/model" in done.stdout
+    assert "MiB free there" in done.stdout
+    checkpointer = Checkpointer(tmp_path)
+    assert checkpointer.latest_step() == 1
+    restored = checkpointer.restore(
+        1, abstract({"a": np.zeros((256, 256), np.float32)}), abstract({"step": np.int32(0)})
+    )
+    np.testing.assert_array_equal(restored.params["a"], np.random.default_rng(0).random((256, 256), np.float32))
+    with pytest.raises(CheckpointError, match="holds no model"):
+        load_model(tmp_path / "model")
+
+
+def test_model_round_trip_and_from_a_run(tmp_path):
+    save_model(tmp_path / "model", PARAMS, tiny.MODEL)
+    save_model(tmp_path / "model", jax.tree.map(lambda a: a + 1, PARAMS), tiny.MODEL)
+    params, config = load_model(tmp_path / "model")
+    assert config == tiny.MODEL
+    np.testing.assert_array_equal(params["decoder"]["kernel"], PARAMS["decoder"]["kernel"] + 1)
+
+    write(tmp_path / "run", 4, 12)
+    halves = lambda tree: jax.tree.map(  # noqa: E731
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jax.numpy.bfloat16, sharding=leaf.sharding), tree
+    )
+    params, config = load_model(tmp_path / "run", halves)
+    assert config == tiny.MODEL
+    assert params["decoder"]["kernel"].dtype == jax.numpy.bfloat16
+
+
+def test_no_model_and_damaged_model(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no model"):
+        load_model(tmp_path)
+    save_model(tmp_path, PARAMS, tiny.MODEL)
+    described = json.loads((tmp_path / "model.json").read_text())
+    described["model"]["tower"]["hands"] = 2
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=r"model\.tower\.hands: unknown key"):
+        load_model(tmp_path)

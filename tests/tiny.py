@@ -1,0 +1,100 @@
+"""A model of a few thousand parameters and random batches for it, for tests of training."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from uhd_jax.batch import Batch, Bucket, empty_batch
+from uhd_jax.config import (
+    CompressorConfig,
+    DataConfig,
+    DecoderConfig,
+    ModelConfig,
+    RunConfig,
+    StageConfig,
+    TowerConfig,
+    TrainConfig,
+)
+from uhd_jax.models import uhd
+
+MODEL = ModelConfig(
+    decoder=DecoderConfig(vocab_size=64, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2, head_dim=8, qk_norm=True),
+    tower=TowerConfig(width=16, mlp_width=24, layers=3, heads=2, patch_size=2, table_side=8),
+    compressor=CompressorConfig(after_layer=0),
+    dtype="float32",
+    loss_chunk=16,
+)
+EVERYTHING = ("tower", "patch_embedding", "position_table", "compressor", "connector", "decoder")
+ADAPTER = ("connector", "compressor", "position_table")
+BUCKET = Bucket(rows=8, slots=2, tokens=16, patches=16, patch_dim=MODEL.tower.patch_dim)
+
+
+def stage(**changes) -> StageConfig:
+    values = dict(
+        name="only",
+        data=DataConfig("random"),
+        steps=8,
+        rows=BUCKET.rows,
+        packed_length=BUCKET.tokens,
+        learning_rate=1e-2,
+        learning_rate_min=1e-3,
+        trainable=EVERYTHING,
+        warmup_steps=2,
+        schedule="cosine",
+    )
+    return StageConfig(**(values | changes))
+
+
+def run(stages=(stage(),), **changes) -> RunConfig:
+    values = dict(stages=tuple(stages), checkpoint_every=3, log_every=1, peak_flops=1e12)
+    return RunConfig("tiny", MODEL, TrainConfig(**(values | changes)))
+
+
+def batch(seed: int, bucket: Bucket = BUCKET) -> Batch:
+    """Each row: a view and a half-masked answer; the second half of the slots stays empty."""
+    random = np.random.default_rng(seed)
+    made = empty_batch(bucket)
+    used = bucket.tokens - 2
+    made.tokens[:, :used] = random.integers(1, 64, (bucket.rows, used))
+    made.positions[:, :used] = np.arange(used)
+    made.segments[:, :used] = 1
+    made.loss_weights[:, 4:used] = random.integers(0, 3, (bucket.rows, used - 4)) / 2
+    made.visual_index[:, 1] = 0
+    made.patches[:, 0] = random.integers(0, 256, made.patches[:, 0].shape)
+    made.patch_grids[:, 0] = 4
+    return made
+
+
+@dataclasses.dataclass
+class RandomBatches:
+    """Batch number n is a function of n alone; every third is of a longer bucket."""
+
+    number: int = 0
+    buckets: tuple[Bucket, ...] = (BUCKET, BUCKET, dataclasses.replace(BUCKET, tokens=24))
+
+    def __next__(self) -> tuple[Batch, dict[str, float]]:
+        made = batch(self.number, self.buckets[self.number % len(self.buckets)])
+        self.number += 1
+        return made, {"images": float(made.patches.shape[0]), "dropped": float(self.number)}
+
+    def get_state(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.number = state["number"]
+
+
+init_params = functools.partial(uhd.init_params, MODEL)
+
+
+def loss_sums(params, batch):
+    return uhd.loss_sums(params, batch, MODEL)
+
+
+@functools.cache
+def params():
+    return jax.jit(init_params)(jax.random.key(0))

@@ -1,0 +1,293 @@
+"""Checkpoints of training runs and saved models. The only file that imports orbax.
+
+A run keeps `WORKDIR/checkpoints/STEP/` with four items: `params` (the model's parameters), `training` (optimiser,
+counters, key), `iterator` and `meta` (JSON). A step is written beside its final name and renamed once complete, so a kill
+at any moment leaves the last complete one as the newest; half-written folders are ignored and overwritten.
+A saved model is a folder with `params` and `model.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from uhd_jax.config import ModelConfig, RunConfig, from_config_dict, to_dict
+
+ITEMS = ("params", "training", "iterator", "meta")
+FOLDER = "checkpoints"
+MODEL_FILE = "model.json"
+
+# What may differ between a checkpoint and the run that resumes from it. Nothing here changes what a parameter is or what
+# the data iterator counts: how long, how often, on which devices, and in how many pieces the same sums are computed.
+RESUMABLE = (
+    r"name",
+    r"model\.(tower_remat|decoder_remat|scan_layers|loss_chunk)",
+    r"train\.(init_from|checkpoint_every|keep_checkpoints|log_every|max_bad_steps|prefetch|data_workers|peak_flops)",
+    r"train\.mesh\.\w+",
+    r"train\.stages\.\d+\.(steps|accumulation)",
+)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message names the folder and what to do."""
+
+
+class ConfigMismatch(CheckpointError):
+    """A checkpoint belongs to another config than the run that would resume from it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held."""
+
+    params: Any
+    training: Any
+    iterator: dict[str, Any]
+    meta: dict[str, Any]
+
+
+def package_version() -> str:
+    """Version of the installed package; "unknown" when it runs from a source tree that was not installed."""
+    try:
+        return importlib.metadata.version("uhd-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def differing_keys(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Keys, as `train.stages.0.rows`, whose values differ and may not (`RESUMABLE`), in alphabetical order.
+
+    Args:
+      saved: `config.to_dict` of the run that wrote the checkpoint.
+      current: the same of the run that reads it.
+    """
+    old, new = dict(_flatten(saved)), dict(_flatten(current))
+    missing = object()
+    keys = sorted(key for key in old | new if old.get(key, missing) != new.get(key, missing))
+    return [key for key in keys if not any(re.fullmatch(pattern, key) for pattern in RESUMABLE)]
+
+
+def _flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+    elif isinstance(value, list):
+        pairs = list(enumerate(value))
+    else:
+        pairs = []
+    if not pairs:
+        yield path, value
+    for key, item in pairs:
+        yield from _flatten(item, f"{path}.{key}" if path else str(key))
+
+
+class Checkpointer:
+    """Writes and reads a run's checkpoints; writing goes on beside the training."""
+
+    def __init__(self, workdir: str | os.PathLike[str], keep: int = 2):
+        """Opens `workdir`/checkpoints, made if absent; the newest `keep` checkpoints stay."""
+        self.directory = Path(workdir).absolute() / FOLDER
+        with self._writing():
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_names=ITEMS,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep), enable_async_checkpointing=True
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint; None when there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, params: Any, training: Any, iterator: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Starts writing checkpoint `step`; returns once the arrays are copied, so that they may then be donated.
+
+        Raises:
+          CheckpointError: this save, or the one before it, could not be written. Earlier checkpoints are intact.
+        """
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    training=ocp.args.StandardSave(training),
+                    iterator=ocp.args.JsonSave(dict(iterator)),
+                    meta=ocp.args.JsonSave(dict(meta)),
+                ),
+            )
+
+    def check(self) -> None:
+        """Raises the CheckpointError of a save that has failed in the background, if one has; does not wait."""
+        with self._writing():
+            self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises as `save`."""
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits, then lets go of the threads; raises as `save`."""
+        with self._writing():
+            self._manager.close()
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """The meta item of checkpoint `step`.
+
+        Raises:
+          CheckpointError: missing or unreadable.
+        """
+        with self._reading(step):
+            return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def restore(self, step: int, params: Any, training: Any) -> Restored:
+        """Reads checkpoint `step` into the given shapes and shardings, on whatever devices they name.
+
+        Args:
+          step: one of the checkpoints on disk.
+          params: tree of ShapeDtypeStruct with shardings.
+          training: the same for the training item.
+
+        Raises:
+          CheckpointError: an item is missing, damaged or of other shapes.
+        """
+        with self._reading(step):
+            items = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(params),
+                    training=ocp.args.StandardRestore(training),
+                    iterator=ocp.args.JsonRestore(),
+                    meta=ocp.args.JsonRestore(),
+                ),
+            )
+        return Restored(items["params"], items["training"], items["iterator"], items["meta"])
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(_cannot_write(self.directory, error)) from error
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        folder = self.directory / str(step)
+        others = [str(other) for other in self._manager.all_steps() if other != step]
+        advice = f"delete {folder} to go on from checkpoint {others[-1]}" if others else "no other checkpoint is there"
+        lacking = [item for item in ITEMS if not (folder / item).is_dir()]
+        if lacking:
+            raise CheckpointError(f"checkpoint {folder} lacks {', '.join(lacking)}; {advice}")
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(f"checkpoint {folder} cannot be read; {advice}. Cause: {_brief(error)}") from error
+
+
+def require_same_config(directory: Path, meta: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuses to resume a run of another config.
+
+    Raises:
+      ConfigMismatch: names the differing keys with both values.
+    """
+    saved, current = meta["config"], to_dict(config)
+    keys = differing_keys(saved, current)
+    if not keys:
+        return
+    old, new = dict(_flatten(saved)), dict(_flatten(current))
+    shown = "; ".join(f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} here" for key in keys[:8])
+    more = f"; and {len(keys) - 8} more" if len(keys) > 8 else ""
+    raise ConfigMismatch(
+        f"{directory} holds checkpoints of another config ({shown}{more}). Resume with the config they were made with, or "
+        f"use a new workdir, there with train.init_from to start from these parameters if the model is the same"
+    )
+
+
+def save_model(directory: str | os.PathLike[str], params: Any, config: ModelConfig) -> None:
+    """Writes a model for inference: `params/` and `model.json`. An earlier one in the folder is replaced.
+
+    Raises:
+      CheckpointError: it could not be written.
+    """
+    directory = Path(directory).absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / MODEL_FILE).unlink(missing_ok=True)  # present means complete
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(directory / "params", params, force=True)
+        partial = directory / (MODEL_FILE + ".partial")
+        partial.write_text(json.dumps({"model": to_dict(config), "version": package_version()}, indent=2) + "\n")
+        partial.replace(directory / MODEL_FILE)
+    except Exception as error:
+        raise CheckpointError(_cannot_write(directory, error)) from error
+
+
+def load_model(
+    directory: str | os.PathLike[str], place: Callable[[Any], Any] | None = None
+) -> tuple[Any, ModelConfig]:
+    """Reads a model's parameters, nothing else, from a saved model or from a run's newest checkpoint.
+
+    Args:
+      directory: as given to `save_model`, or the workdir of a run.
+      place: from the tree of ShapeDtypeStruct on disk to the one to read into, with shardings and perhaps other dtypes,
+        e.g. `functools.partial(rules.with_shardings, mesh=mesh)`. None: as on disk, on the first device.
+
+    Returns:
+      The parameters and the model's config.
+
+    Raises:
+      CheckpointError: there is no model there, or it is damaged.
+    """
+    directory = Path(directory).absolute()
+    folder = directory if (directory / MODEL_FILE).is_file() else _newest_checkpoint(directory)
+    try:
+        if folder == directory:
+            saved = json.loads((folder / MODEL_FILE).read_text())["model"]
+        else:
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+                saved = checkpointer.restore(folder / "meta")["config"]["model"]
+        config = from_config_dict(saved, ModelConfig, "model")
+        with ocp.StandardCheckpointer() as checkpointer:
+            on_disk = checkpointer.metadata(folder / "params").item_metadata.tree
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), on_disk)
+            return checkpointer.restore(folder / "params", place(target) if place else target), config
+    except Exception as error:
+        raise CheckpointError(f"the model in {folder} cannot be read. Cause: {_brief(error)}") from error
+
+
+def _newest_checkpoint(directory: Path) -> Path:
+    steps = [int(path.name) for path in (directory / FOLDER).glob("*") if path.name.isdecimal()]
+    if not steps:
+        raise CheckpointError(
+            f"{directory} holds no model: neither {MODEL_FILE} nor a complete checkpoint in {FOLDER}/ was found there"
+        )
+    return directory / FOLDER / str(max(steps))
+
+
+def _brief(error: BaseException) -> str:
+    """The error's first line; storage libraries append pages of context."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def _cannot_write(directory: Path, error: BaseException) -> str:
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    free = shutil.disk_usage(there).free / 2**20
+    return (
+        f"cannot write {directory} ({free:.0f} MiB free there). Free some space or mend the folder's permissions; what was "
+        f"complete before is intact. Cause: {_brief(error)}"
+    )

@@ -1,0 +1,1 @@
+"""How arrays lie over devices: the mesh, and one table of rules for parameters."""

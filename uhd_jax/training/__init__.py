@@ -1,0 +1,1 @@
+"""Training: stages, optimiser, step, loop and what is logged."""

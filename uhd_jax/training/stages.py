@@ -1,0 +1,145 @@
+"""The parts a stage may train, and the four-stage recipe of LLaVA-UHD v4.
+
+Source: LLaVA-UHD v4 (arXiv 2605.08985) Tables A7 and A8, and the released training scripts (spec v4 section 1.10).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from uhd_jax.config import PARTS, ConfigError
+
+PART_PATTERNS: dict[str, str] = {
+    "patch_embedding": r"tower/patch_embedding/.+",
+    "position_table": r"tower/position_table",
+    "tower": r"tower/(layers|final_norm)/.+",
+    "compressor": r"tower/compressor/.+",
+    "connector": r"connector/.+",
+    "decoder": r"decoder/.+",
+}
+
+# The parts the scripts' vision learning rate applies to. The compressor is not among them: the scripts keep it beside the
+# connector, under the connector's flag.
+TOWER_PARTS = ("tower", "patch_embedding", "position_table")
+
+
+def part_of(path: str) -> str:
+    """The part (one of `config.PARTS`) to which the parameter at `path` belongs.
+
+    Raises:
+      ValueError: no part, or more than one.
+    """
+    found = [part for part, pattern in PART_PATTERNS.items() if re.fullmatch(pattern, path)]
+    if len(found) != 1:
+        raise ValueError(f"parameter {path!r} belongs to {len(found)} parts instead of one")
+    return found[0]
+
+
+def split_params(params: Mapping[str, Any], trainable: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits a parameter tree (of any leaves) into the trees of trainable and of frozen parameters.
+
+    Raises:
+      ValueError: the model has none of the trainable parts.
+    """
+    flat = flatten_dict(params, sep="/")
+    chosen = {path: leaf for path, leaf in flat.items() if part_of(path) in trainable}
+    if not chosen:
+        raise ValueError(f"this model has no parameters in the trainable parts {tuple(trainable)}")
+    frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
+    return unflatten_dict(chosen, sep="/"), unflatten_dict(frozen, sep="/")
+
+
+def merge_params(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `split_params`."""
+    return unflatten_dict(flatten_dict(frozen, sep="/") | flatten_dict(trainable, sep="/"), sep="/")
+
+
+# What the paper's tables do not say (steps, warm-up, lengths, slice limits, tower factor) is the scripts'.
+_SHARED: tuple[dict[str, Any], ...] = (
+    {
+        "name": "stage1",
+        "steps": 2000,
+        "warmup_steps": 1000,
+        "packed_length": 1700,
+        "max_slices": 1,
+        "learning_rate": 1e-4,
+        "learning_rate_min": 5e-5,
+    },
+    {
+        "name": "stage2",
+        "steps": 10_000,
+        "warmup_steps": 1000,
+        "packed_length": 8192,
+        "max_slices": 9,
+        "learning_rate": 1e-5,
+        "learning_rate_min": 5e-6,
+        "tower_learning_rate_factor": 0.2,
+    },
+    {
+        "name": "stage3",
+        "steps": 5000,
+        "warmup_steps": 500,
+        "packed_length": 10_240,
+        "max_slices": 9,
+        "learning_rate": 5e-5,
+        "learning_rate_min": 1e-5,
+        "tower_learning_rate_factor": 0.2,
+    },
+    {
+        "name": "stage4",
+        "steps": 10_000,
+        "warmup_steps": 1000,
+        "packed_length": 4900,
+        "max_slices": 9,
+        "learning_rate": 1e-5,
+        "learning_rate_min": 1e-6,
+        "sample_weight_power": 0.5,
+    },
+)
+
+_VIT = ("tower", "patch_embedding", "position_table", "compressor")
+_SCRIPT_ALL = ("tower", "position_table", "compressor", "connector", "decoder")
+
+# Table A7 says stage 1 trains "ViT / Connector", the paper's text "projector and D"; the table is followed here, and the
+# scripts (connector, compressor and the position table, which they train in every stage) are the third variant. The
+# scripts leave the patch embedding frozen unless a flag of its own is given.
+RECIPES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "in_house": ((*_VIT, "connector"), _VIT, PARTS, PARTS),
+    "onevision": ((*_VIT, "connector"), PARTS, PARTS, PARTS),
+    "released_script": (("connector", "compressor", "position_table"), _SCRIPT_ALL, _SCRIPT_ALL, _SCRIPT_ALL),
+}
+
+
+def recipe(name: str, data: Sequence[Mapping[str, Any]], rows: int, step_scale: float = 1.0) -> list[dict[str, Any]]:
+    """The four stages as mappings that `StageConfig` is built from.
+
+    Args:
+      name: "in_house" (Table A7), "onevision" (Table A8) or "released_script".
+      data: the four stages' data, as mappings that `DataConfig` is built from.
+      rows: packed rows of one step over all devices. The published batch sizes count samples packed on one GPU, and the
+        number of GPUs is not published, so this is the user's to choose; one row per device is the published layout.
+      step_scale: multiplies steps and warm-up, as the scripts do to go from 4M to 64M samples.
+
+    Raises:
+      ConfigError: an unknown name, or not four data mappings.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"recipe: {name!r} is not one of {tuple(RECIPES)}")
+    if len(data) != len(_SHARED):
+        raise ConfigError(f"recipe: data for {len(data)} stages given, the recipe has {len(_SHARED)}")
+    return [
+        {
+            **stage,
+            "steps": max(1, round(stage["steps"] * step_scale)),
+            "warmup_steps": round(stage["warmup_steps"] * step_scale),
+            "trainable": trainable,
+            "schedule": "timm_cosine",
+            "data": dict(source),
+            "rows": rows,
+        }
+        for stage, trainable, source in zip(_SHARED, RECIPES[name], data, strict=True)
+    ]
