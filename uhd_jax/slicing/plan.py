@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from uhd_jax.config import SlicingConfig
+from uhd_jax.config import ImageLimits, SlicingConfig
 
 
 class Size(NamedTuple):
@@ -85,20 +85,129 @@ class Plan:
         """Visual tokens of all views together."""
         return sum(view.visual_tokens for view in self.views)
 
+    def to_json(self) -> dict[str, Any]:
+        """JSON types only: sizes as [height, width], grids as [rows, cols], `views` as their number."""
+        return {
+            "image": list(self.image),
+            "grid": list(self.grid),
+            "thumbnail": list(self.thumbnail.size),
+            "slice": list(self.slice.size) if self.slice else None,
+            "views": len(self.views),
+            "patches": self.patches,
+            "visual_tokens": self.visual_tokens,
+        }
+
+
+def check_size(size: Size, limits: ImageLimits) -> None:
+    """Raises `ImageRefused` when an image of `size` breaks the limits on sides, pixels or aspect ratio."""
+    height, width = size
+    if min(size) < 1:
+        raise ImageRefused(f"size {height}x{width}: an image needs at least one pixel on each side")
+    if max(size) > limits.max_side:
+        raise ImageRefused(f"size {height}x{width}: a side is above max_side={limits.max_side}; shrink the image")
+    if height * width > limits.max_pixels:
+        raise ImageRefused(
+            f"size {height}x{width}: {height * width} pixels are above max_pixels={limits.max_pixels}; shrink the image"
+        )
+    if max(size) > min(size) * limits.max_aspect_ratio:
+        raise ImageRefused(
+            f"size {height}x{width}: the aspect ratio {max(size) / min(size):.0f} is above "
+            f"max_aspect_ratio={limits.max_aspect_ratio:g}; crop the image or cut it into several"
+        )
+
 
 @functools.lru_cache(maxsize=65_536)
 def make_plan(size: Size, slicing: SlicingConfig, patch_size: int, levels: int, max_slices: int | None = None) -> Plan:
     """Decides how an image of `size` is cut.
 
+    With encoding "slices" an image above scale_resolution**2 pixels becomes a thumbnail and a grid of slices, a smaller
+    one is enlarged to a single view of about that area. With encoding "global" (the paper's GE) there is one view: the
+    whole image at its own size, shrunk when it has more than max_slices * scale_resolution**2 pixels and enlarged as
+    above when it has fewer than scale_resolution**2. Sides are rounded to multiples, so areas are near these values.
+
     Args:
       size: (height, width) in pixels, after any EXIF rotation.
-      slicing: the rule and its limits.
+      slicing: the rule and its limits; max_view_patches is for a view of scale_resolution**2 pixels, so the one view
+        of encoding "global" may have max_slices times as many.
       patch_size: side of a patch in pixels.
       levels: number of 2x2 merges up to the visual tokens (`ModelConfig.merge_levels`); view sides are multiples of
         patch_size * 2**levels.
       max_slices: replaces slicing.max_slices, e.g. by a stage's or a request's own limit.
 
     Raises:
-      ImageRefused: a side below 1, an aspect ratio above the limit, or a view of more patches than allowed.
+      ImageRefused: the size breaks slicing.limits, or a view has more patches than allowed.
+      ValueError: max_slices below 1.
     """
-    raise NotImplementedError
+    max_slices = slicing.max_slices if max_slices is None else max_slices
+    if max_slices < 1:
+        raise ValueError(f"max_slices={max_slices}: must be at least 1")
+    size = Size(*size)
+    check_size(size, slicing.limits)
+    side, multiple = slicing.scale_resolution, patch_size * 2**levels
+
+    def view(size: Size) -> ViewPlan:
+        patch_grid = Grid(size.height // patch_size, size.width // patch_size)
+        return ViewPlan(size, patch_grid, patch_grid.area // 4**levels)
+
+    if slicing.encoding == "global":
+        grid, thumbnail = Grid(0, 0), _global_size(size, side, max_slices, multiple)
+        allowed = slicing.max_view_patches * max_slices
+    else:
+        grid, thumbnail = _best_grid(size, side, max_slices), _fit(*size, side, multiple)
+        allowed = slicing.max_view_patches
+    slice_plan = view(_slice_size(size, grid, side, multiple)) if grid.area else None
+    plan = Plan(size, levels, grid, view(thumbnail), slice_plan)
+    largest = max(plan.views, key=lambda view: view.patch_grid.area)
+    if largest.patch_grid.area > allowed:
+        raise ImageRefused(
+            f"size {size}: a view of {largest.size} would have {largest.patch_grid.area} patches, above the {allowed} "
+            "allowed; crop the image or raise slicing.max_view_patches"
+        )
+    return plan
+
+
+def _round_to(value: float, multiple: int) -> int:
+    """Nearest multiple, ties to the even one (Python's round), never below one multiple."""
+    return max(round(value / multiple) * multiple, multiple)
+
+
+def _fit(height: float, width: float, side: float, multiple: int) -> Size:
+    """About side**2 pixels in the aspect ratio of height x width. Both truncations are the reference's."""
+    ratio = width / height
+    fitted_height = int(side / math.sqrt(ratio))
+    fitted_width = int(fitted_height * ratio)
+    return Size(_round_to(fitted_height, multiple), _round_to(fitted_width, multiple))
+
+
+def _global_size(size: Size, side: int, max_slices: int, multiple: int) -> Size:
+    area = size.height * size.width
+    if area <= side**2:
+        return _fit(*size, side, multiple)
+    if area > max_slices * side**2:
+        return _fit(*size, side * math.sqrt(max_slices), multiple)
+    return Size(_round_to(size.height, multiple), _round_to(size.width, multiple))
+
+
+def _best_grid(size: Size, side: int, max_slices: int) -> Grid:
+    """The grid whose shape is nearest to the image's in log aspect ratio; (0, 0) when the image is not sliced.
+
+    float64 throughout: for squares between 1002 and 1185 pixels the last bit of a logarithm decides.
+    """
+    count = min(-(-size.height * size.width // side**2), max_slices)
+    if count <= 1:
+        return Grid(0, 0)
+    log_ratio = math.log(size.width / size.height)
+    candidates = [
+        Grid(rows, number // rows)
+        for number in (count - 1, count, count + 1)
+        if 1 < number <= max_slices
+        for rows in range(1, number + 1)
+        if number % rows == 0
+    ]
+    return min(candidates, key=lambda grid: (abs(log_ratio - math.log(grid.cols / grid.rows)), -grid.rows))
+
+
+def _slice_size(size: Size, grid: Grid, side: int, multiple: int) -> Size:
+    height = _round_to(size.height, grid.rows) / grid.rows
+    width = _round_to(size.width, grid.cols) / grid.cols
+    return _fit(height, width, side, multiple)
