@@ -1,0 +1,229 @@
+"""The embedded dataset: pages of real handwritten digits that must be sliced to be read.
+
+The digits are the 1,797 images of scikit-learn's `load_digits`, split by image, so that no digit image is both in
+training and held out. A page is a grid of cells of 56 px with one digit each, at a random place and size on noisy
+grey. With views of 112 px a slice holds 2 x 2 cells, and with 16x compression a view becomes four visual tokens: one
+per cell in a slice, while the thumbnail's four would have to carry the whole page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from uhd_jax.config import ConfigError, from_config_dict
+from uhd_jax.data.chat import ImagePart, Message
+from uhd_jax.slicing.plan import Grid, Size
+
+CELL = 56  # pixels; a slice of 112 px holds 2 x 2 cells
+TRAINING_DIGITS = 1400  # of 1,797; the other 397 are held out
+DIGIT_SIDES = (28.0, 40.0)  # pixels
+
+_SPLIT_SEED = 1797
+_UPSCALE = 8  # digits are enlarged this much once, and pages are sampled from the enlargements
+_GLYPH = 8 * _UPSCALE
+_CANVAS = 96  # a glyph with empty margins, into which every sample outside the glyph is clipped
+
+_ROTATION = 0.2  # radians; this and the next two are the bounds of the training pages' augmentation
+_SHEAR = 0.2
+_STRETCH = 0.12  # of log aspect ratio
+
+TRANSCRIBE = "Transcribe."
+
+
+@dataclasses.dataclass(frozen=True)
+class DigitPagesOptions:
+    """Options of the source "digit_pages" (`DataConfig.options`)."""
+
+    task: Literal["cell", "view", "page", "questions", "mixed"] = "page"
+    split: Literal["train", "held_out"] = "train"
+    shapes: tuple[tuple[int, ...], ...] = (
+        (1, 2),
+        (2, 1),
+        (2, 2),
+        (2, 3),
+        (3, 2),
+    )  # (rows, cols) of slices, evenly drawn
+    samples: int = 100_000
+    seed: int = 0
+    questions_per_page: int = 1
+    questions_fraction: float = 0.5  # of the samples of task "mixed"; the others transcribe
+
+    def __post_init__(self):
+        if not self.shapes or any(len(shape) != 2 or min(shape) < 1 for shape in self.shapes):
+            raise ConfigError(f"shapes: {self.shapes} must be pairs (rows, cols) of slices, at least one")
+        if self.samples < 1 or self.questions_per_page < 1:
+            raise ConfigError("samples, questions_per_page: must be at least 1")
+        if not 0 <= self.questions_fraction <= 1:
+            raise ConfigError(f"questions_fraction: {self.questions_fraction} is not between 0 and 1")
+
+
+class _Page(NamedTuple):
+    """What stands on a page and what is asked about it."""
+
+    cells: np.ndarray  # int64[rows, cols]: index of the digit image; -1: empty
+    turns: tuple[tuple[str, str], ...]  # questions and answers
+
+
+class DigitPages:
+    """Pages of digits with questions and answers; page i is the same in every process and every run.
+
+    Tasks: "cell" one digit in one of the four cells of one view, answered by the digit; "view" one view of 2 x 2
+    digits, transcribed; "page" a sliced page, transcribed; "questions" short questions about a sliced page; "mixed"
+    both.
+    """
+
+    def __init__(self, options: Mapping[str, Any] | None = None):
+        self.options = from_config_dict(options or {}, DigitPagesOptions, "data.options")
+
+    def __len__(self) -> int:
+        return self.options.samples
+
+    def sizes(self, index: int) -> list[Size]:
+        """The size of the one image of a sample; nothing is rendered."""
+        rows, cols = self._page(index).cells.shape
+        return [Size(rows * CELL, cols * CELL)]
+
+    def messages(self, index: int) -> tuple[Message, ...]:
+        """Questions about the page and their answers; the page comes with the first question."""
+        messages = []
+        for question, answer in self._page(index).turns:
+            parts = (question,) if messages else (ImagePart(0), question)
+            messages += [Message("user", parts), Message("assistant", (answer,))]
+        return tuple(messages)
+
+    def images(self, index: int) -> list[np.ndarray]:
+        """The rendered page: uint8[rows * 56, cols * 56, 3]."""
+        rng = self._rng(index, 1)
+        return [_render(self._page(index).cells, rng, augment=self.options.split == "train")]
+
+    def _rng(self, index: int, purpose: int) -> np.random.Generator:
+        return np.random.default_rng((self.options.seed, self.options.split == "train", index, purpose))
+
+    def _page(self, index: int) -> _Page:
+        options, rng = self.options, self._rng(index, 0)
+        images, labels = split_digits(options.split), _digits()[1]
+        if options.task in ("cell", "view"):
+            grid = Grid(1, 1)
+        else:
+            grid = Grid(*options.shapes[rng.integers(len(options.shapes))])
+        cells = rng.choice(images, (2 * grid.rows, 2 * grid.cols))
+        if options.task == "cell":
+            kept = rng.integers(4)
+            cells[np.arange(4).reshape(2, 2) != kept] = -1
+            return _Page(cells, ((TRANSCRIBE, str(labels[cells.flat[kept]])),))
+        digits = labels[cells]
+        asks = options.task == "questions" or (options.task == "mixed" and rng.random() < options.questions_fraction)
+        if asks:
+            return _Page(cells, tuple(_question(digits, rng) for _ in range(options.questions_per_page)))
+        return _Page(cells, ((TRANSCRIBE, transcription(digits)),))
+
+
+def split_digits(split: Literal["train", "held_out"]) -> np.ndarray:
+    """Indices of the digit images of a split: int64[1400] or int64[397]; the two never share an image."""
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(_digits()[1]))
+    return order[:TRAINING_DIGITS] if split == "train" else order[TRAINING_DIGITS:]
+
+
+def transcription(digits: np.ndarray) -> str:
+    """The answer that mirrors the visual block: slices of 2 x 2 digits in raster order, a newline per row of slices.
+
+    Args:
+      digits: int[2 * rows, 2 * cols].
+    """
+    rows, cols = digits.shape[0] // 2, digits.shape[1] // 2
+    slices = digits.reshape(rows, 2, cols, 2).transpose(0, 2, 1, 3).reshape(rows, cols, 4)
+    return "\n".join("".join("[" + "".join(map(str, cell)) + "]" for cell in row) for row in slices)
+
+
+def digit_accuracy(answer: str, expected: str) -> tuple[int, int]:
+    """Digits of `expected` that `answer` has at the same place, and digits of `expected`.
+
+    A place is the number of the slice (of the opening bracket) and the number of the digit in it, so a digit that is
+    missing shifts only its own slice. Digits too many do not count.
+    """
+
+    def places(text: str) -> dict[tuple[int, int], str]:
+        slices = enumerate(re.findall(r"\d", part) for part in text.split("["))
+        return {(number, place): digit for number, found in slices for place, digit in enumerate(found)}
+
+    wanted, found = places(expected), places(answer)
+    return sum(found.get(place) == digit for place, digit in wanted.items()), len(wanted)
+
+
+def _question(digits: np.ndarray, rng: np.random.Generator) -> tuple[str, str]:
+    rows, cols = digits.shape
+    row, col, digit = rng.integers(rows), rng.integers(cols), rng.integers(10)
+    return (
+        (f"What is in row {row + 1}?", "".join(map(str, digits[row]))),
+        (f"What is in column {col + 1}?", "".join(map(str, digits[:, col]))),
+        (f"What is in row {row + 1}, column {col + 1}?", str(digits[row, col])),
+        (f"How many {digit}s?", str((digits == digit).sum())),
+    )[rng.integers(4)]
+
+
+@functools.cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """float32[1797, 8, 8] in 0..1 and int64[1797] labels; scikit-learn ships the file, nothing is downloaded."""
+    from sklearn.datasets import load_digits  # a second to import, and only the demo needs it
+
+    digits = load_digits()
+    return (digits.images / 16).astype(np.float32), digits.target
+
+
+@functools.cache
+def _glyphs() -> np.ndarray:
+    """uint8[1797, 96, 96]: the digits enlarged to 64 px by cubic interpolation, with empty margins."""
+    images, _ = _digits()
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+    weights = _cubic_weights(padded.shape[1])
+    enlarged = np.einsum("ij,njk,lk->nil", weights, padded, weights, optimize=True)
+    return (enlarged.clip(0, 1) * 255).round().astype(np.uint8, order="C")
+
+
+def _cubic_weights(side: int) -> np.ndarray:
+    """float32[side * 8, side]: Catmull-Rom interpolation by the upscaling factor, pixel centres aligned."""
+    position = (np.arange(side * _UPSCALE) + 0.5) / _UPSCALE - 0.5
+    distance = np.abs(position[:, None] - np.arange(side))
+    near = 1.5 * distance**3 - 2.5 * distance**2 + 1
+    far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
+    return np.where(distance < 1, near, np.where(distance < 2, far, 0)).astype(np.float32)
+
+
+def _render(cells: np.ndarray, rng: np.random.Generator, augment: bool) -> np.ndarray:
+    """Draws a page: uint8[rows * 56, cols * 56, 3]. Every cell is sampled from its glyph through an affine map."""
+    rows, cols = cells.shape
+    count = cells.size
+    side = rng.uniform(*DIGIT_SIDES, count)
+    centre = side / 2 + rng.uniform(0, 1, (2, count)) * (CELL - side)
+    bound = 1.0 if augment else 0.0
+    angle, shear, stretch = rng.uniform(-bound, bound, (3, count)) * np.array([[_ROTATION], [_SHEAR], [_STRETCH]])
+    zoom = _GLYPH / side
+    (y, x) = (np.arange(CELL) + 0.5 - centre[:, :, None]).astype(np.float32)  # float32[count, 56] each
+    # glyph coordinates: rotate, then shear, then stretch
+    cos, sin = np.cos(angle) * zoom, np.sin(angle) * zoom
+    tall, wide = np.exp(stretch), np.exp(-stretch)
+
+    def glyph_pixel(of_y: np.ndarray, of_x: np.ndarray) -> np.ndarray:
+        part_y = of_y.astype(np.float32)[:, None] * y + _CANVAS / 2
+        part_x = of_x.astype(np.float32)[:, None] * x
+        pixel = part_y[:, :, None] + part_x[:, None, :]
+        return np.clip(pixel, 0, _CANVAS - 1, out=pixel).astype(np.int32)
+
+    source_y = glyph_pixel(cos * tall, -sin * tall)
+    source_x = glyph_pixel((sin + shear * cos) * wide, (cos - shear * sin) * wide)
+    source_y *= _CANVAS
+    source_y += source_x
+    source_y += (np.maximum(cells, 0).reshape(-1, 1, 1) * _CANVAS**2).astype(np.int32)
+    ink = _glyphs().reshape(-1).take(source_y)
+    contrast = rng.uniform(90, 130) * rng.uniform(1 - 0.25 * bound, 1, count)
+    ink = ink * (-contrast / 255 * (cells.reshape(-1) >= 0)).astype(np.float32)[:, None, None]
+    page = ink.reshape(rows, cols, CELL, CELL).transpose(0, 2, 1, 3).reshape(rows * CELL, cols * CELL)
+    page += np.float32(rng.uniform(150, 205))
+    page += rng.integers(-12, 13, page.shape, np.int8)
+    return np.repeat(page.astype(np.uint8)[:, :, None], 3, axis=2)
