@@ -1,0 +1,59 @@
+"""Pictures of a run, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import ticker  # noqa: E402
+
+_LINE = "#1f5fa8"
+
+
+def losses(records: Sequence[Mapping[str, Any]], title: str) -> plt.Figure:
+    """Draws the training loss, one panel per stage, all on one logarithmic scale.
+
+    Args:
+      records: metrics in the order of training, each with `stage`, `step` (inside its stage) and `loss`.
+      title: what stands above the panels.
+
+    Returns:
+      The figure; the caller saves and closes it.
+    """
+    stages: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        stages.setdefault(record["stage"], []).append((record["step"], record["loss"]))
+    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, panels = plt.subplots(
+            1, len(stages), sharey=True, squeeze=False, figsize=(1.2 + 2.6 * len(stages), 3.4), layout="constrained"
+        )
+        for panel, (name, points) in zip(panels[0], stages.items(), strict=True):
+            steps, values = np.array(points, np.float64).T
+            finite = np.isfinite(values)
+            panel.plot(steps, values, color=_LINE, alpha=0.3, linewidth=1)
+            panel.plot(steps[finite], _smooth(values[finite]), color=_LINE, linewidth=2)
+            note = f"last {values[-1]:.3g}" + (f"\n{(~finite).sum()} not finite" if not finite.all() else "")
+            panel.text(0.97, 0.97, note, transform=panel.transAxes, ha="right", va="top")
+            panel.set_title(name, fontsize=10)
+            panel.set_yscale("log")
+            panel.grid(alpha=0.25)
+            panel.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
+            panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            panel.yaxis.set_minor_formatter(ticker.NullFormatter())
+        panels[0, 0].set_ylabel("loss per trained token")
+        figure.supxlabel("step of the stage", fontsize=10)
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a centred window of a tenth of the curve, cut at its ends."""
+    reach = len(values) // 20
+    return np.array([values[max(i - reach, 0) : i + reach + 1].mean() for i in range(len(values))])
