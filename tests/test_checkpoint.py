@@ -14,12 +14,13 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from uhd_jax.checkpoint import (
-    CheckpointError,
     Checkpointer,
+    CheckpointError,
     ConfigMismatch,
     differing_keys,
     load_model,
     require_same_config,
+    require_same_model,
     save_model,
 )
 from uhd_jax.config import MeshConfig, to_dict
@@ -83,7 +84,9 @@ def test_missing_item_is_named(tmp_path, item):
     write(tmp_path, 1, 2)
     shutil.rmtree(tmp_path / "checkpoints" / "2" / item)
     checkpointer = Checkpointer(tmp_path)
-    with pytest.raises(CheckpointError, match=rf"checkpoints/2 lacks {item}; delete .*/2 to go on from checkpoint .*/?1"):
+    with pytest.raises(
+        CheckpointError, match=rf"checkpoints/2 lacks {item}; delete .*/2 to go on from checkpoint .*/?1"
+    ):
         checkpointer.restore(2, abstract(PARAMS), abstract(TRAINING))
 
 
@@ -105,11 +108,14 @@ def test_other_shapes_are_refused(tmp_path):
 
 def test_config_of_another_model_is_refused_by_key(tmp_path):
     config = tiny.run()
-    meta = {"config": to_dict(config)}
-    require_same_config(tmp_path, meta, config)
+    saved = to_dict(config)
+    require_same_config(tmp_path, saved, config)
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, mode="4x"))
     with pytest.raises(ConfigMismatch, match=r"model\.mode: '16x' there, '4x' here"):
-        require_same_config(tmp_path, meta, wider)
+        require_same_config(tmp_path, saved, wider)
+    with pytest.raises(ConfigMismatch, match=r"model\.tower\.heads: 2 there, 4 here"):
+        four = dataclasses.replace(config.model.tower, heads=4)
+        require_same_model(tmp_path, config.model, dataclasses.replace(wider.model, tower=four))
     assert differing_keys(to_dict(config), to_dict(tiny.run([tiny.stage(rows=16)]))) == ["train.stages.0.rows"]
 
 

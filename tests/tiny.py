@@ -22,7 +22,9 @@ from uhd_jax.config import (
 from uhd_jax.models import uhd
 
 MODEL = ModelConfig(
-    decoder=DecoderConfig(vocab_size=64, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2, head_dim=8, qk_norm=True),
+    decoder=DecoderConfig(
+        vocab_size=64, width=32, mlp_width=48, layers=2, heads=4, kv_heads=2, head_dim=8, qk_norm=True
+    ),
     tower=TowerConfig(width=16, mlp_width=24, layers=3, heads=2, patch_size=2, table_side=8),
     compressor=CompressorConfig(after_layer=0),
     dtype="float32",

@@ -1,8 +1,8 @@
 """Checkpoints of training runs and saved models. The only file that imports orbax.
 
 A run keeps `WORKDIR/checkpoints/STEP/` with four items: `params` (the model's parameters), `training` (optimiser,
-counters, key), `iterator` and `meta` (JSON). A step is written beside its final name and renamed once complete, so a kill
-at any moment leaves the last complete one as the newest; half-written folders are ignored and overwritten.
+counters, key), `iterator` and `meta` (JSON). A step is written beside its final name and renamed once complete, so a
+kill at any moment leaves the last complete one as the newest; half-written folders are ignored and overwritten.
 A saved model is a folder with `params` and `model.json`.
 """
 
@@ -28,8 +28,8 @@ ITEMS = ("params", "training", "iterator", "meta")
 FOLDER = "checkpoints"
 MODEL_FILE = "model.json"
 
-# What may differ between a checkpoint and the run that resumes from it. Nothing here changes what a parameter is or what
-# the data iterator counts: how long, how often, on which devices, and in how many pieces the same sums are computed.
+# What may differ between a checkpoint and the run that resumes from it. Nothing here changes what a parameter is or
+# what the data iterator counts: how long, how often, on which devices, in how many pieces the same sums are computed.
 RESUMABLE = (
     r"name",
     r"model\.(tower_remat|decoder_remat|scan_layers|loss_chunk)",
@@ -197,23 +197,38 @@ class Checkpointer:
             raise CheckpointError(f"checkpoint {folder} cannot be read; {advice}. Cause: {_brief(error)}") from error
 
 
-def require_same_config(directory: Path, meta: Mapping[str, Any], config: RunConfig) -> None:
-    """Refuses to resume a run of another config.
+def require_same_config(workdir: str | os.PathLike[str], saved: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuses to resume a run of another config; `saved` is the config in the checkpoint's meta.
 
     Raises:
       ConfigMismatch: names the differing keys with both values.
     """
-    saved, current = meta["config"], to_dict(config)
+    current = to_dict(config)
     keys = differing_keys(saved, current)
-    if not keys:
-        return
+    if keys:
+        raise ConfigMismatch(
+            f"{workdir} holds checkpoints of another config ({_show(keys, saved, current)}). Resume with the config "
+            f"they were made with, or use a new workdir, with train.init_from={workdir} if only parameters are wanted"
+        )
+
+
+def require_same_model(directory: str | os.PathLike[str], saved: ModelConfig, config: ModelConfig) -> None:
+    """Refuses parameters that would mean something else in the model of `config`.
+
+    Raises:
+      ConfigMismatch: tower, compressor, connector or decoder differ; names the keys with both values.
+    """
+    parts = ("tower", "compressor", "connector", "decoder")
+    there, here = ({part: to_dict(getattr(model, part)) for part in parts} for model in (saved, config))
+    keys = differing_keys(there, here)
+    if keys:
+        raise ConfigMismatch(f"the model in {directory} is not this config's: model.{_show(keys, there, here)}")
+
+
+def _show(keys: list[str], saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     old, new = dict(_flatten(saved)), dict(_flatten(current))
     shown = "; ".join(f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} here" for key in keys[:8])
-    more = f"; and {len(keys) - 8} more" if len(keys) > 8 else ""
-    raise ConfigMismatch(
-        f"{directory} holds checkpoints of another config ({shown}{more}). Resume with the config they were made with, or "
-        f"use a new workdir, there with train.init_from to start from these parameters if the model is the same"
-    )
+    return shown + (f"; and {len(keys) - 8} more" if len(keys) > 8 else "")
 
 
 def save_model(directory: str | os.PathLike[str], params: Any, config: ModelConfig) -> None:
@@ -235,9 +250,25 @@ def save_model(directory: str | os.PathLike[str], params: Any, config: ModelConf
         raise CheckpointError(_cannot_write(directory, error)) from error
 
 
-def load_model(
-    directory: str | os.PathLike[str], place: Callable[[Any], Any] | None = None
-) -> tuple[Any, ModelConfig]:
+def load_model_config(directory: str | os.PathLike[str]) -> ModelConfig:
+    """The config of the model that `load_model` would read.
+
+    Raises:
+      CheckpointError: there is no model there, or its description is damaged.
+    """
+    folder = _model_folder(directory)
+    try:
+        if (folder / MODEL_FILE).is_file():
+            saved = json.loads((folder / MODEL_FILE).read_text())["model"]
+        else:
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+                saved = checkpointer.restore(folder / "meta")["config"]["model"]
+        return from_config_dict(saved, ModelConfig, "model")
+    except Exception as error:
+        raise CheckpointError(f"the model in {folder} cannot be read. Cause: {_brief(error)}") from error
+
+
+def load_model(directory: str | os.PathLike[str], place: Callable[[Any], Any] | None = None) -> tuple[Any, ModelConfig]:
     """Reads a model's parameters, nothing else, from a saved model or from a run's newest checkpoint.
 
     Args:
@@ -251,15 +282,8 @@ def load_model(
     Raises:
       CheckpointError: there is no model there, or it is damaged.
     """
-    directory = Path(directory).absolute()
-    folder = directory if (directory / MODEL_FILE).is_file() else _newest_checkpoint(directory)
+    config, folder = load_model_config(directory), _model_folder(directory)
     try:
-        if folder == directory:
-            saved = json.loads((folder / MODEL_FILE).read_text())["model"]
-        else:
-            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-                saved = checkpointer.restore(folder / "meta")["config"]["model"]
-        config = from_config_dict(saved, ModelConfig, "model")
         with ocp.StandardCheckpointer() as checkpointer:
             on_disk = checkpointer.metadata(folder / "params").item_metadata.tree
             device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -269,7 +293,11 @@ def load_model(
         raise CheckpointError(f"the model in {folder} cannot be read. Cause: {_brief(error)}") from error
 
 
-def _newest_checkpoint(directory: Path) -> Path:
+def _model_folder(directory: str | os.PathLike[str]) -> Path:
+    """The folder with the model's `params`: a saved model's own, or a run's newest checkpoint."""
+    directory = Path(directory).absolute()
+    if (directory / MODEL_FILE).is_file():
+        return directory
     steps = [int(path.name) for path in (directory / FOLDER).glob("*") if path.name.isdecimal()]
     if not steps:
         raise CheckpointError(
@@ -288,6 +316,6 @@ def _cannot_write(directory: Path, error: BaseException) -> str:
     there = next(path for path in (directory, *directory.parents) if path.exists())
     free = shutil.disk_usage(there).free / 2**20
     return (
-        f"cannot write {directory} ({free:.0f} MiB free there). Free some space or mend the folder's permissions; what was "
-        f"complete before is intact. Cause: {_brief(error)}"
+        f"cannot write {directory} ({free:.0f} MiB free there). Free some space or mend the folder's permissions; what "
+        f"was complete before is intact. Cause: {_brief(error)}"
     )

@@ -34,6 +34,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     known = math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
-        raise ShardingError(f"mesh {asked} does not fit {len(devices)} devices: set sizes whose product is {len(devices)}")
+        raise ShardingError(
+            f"mesh {asked} does not fit {len(devices)} devices: set sizes whose product is {len(devices)}"
+        )
     axis_types = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types, devices=devices)

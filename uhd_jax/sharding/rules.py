@@ -4,8 +4,8 @@ A parameter's path is its keys joined by "/", e.g. `decoder/layers/mlp/gate/kern
 each path, and names one logical axis per dimension; `MESH_AXES` says over which mesh axis a logical axis is split.
 Optimiser moments lie where their parameters lie.
 
-A dimension that its mesh axis does not divide is replicated for parameters below `SMALL` elements; for larger ones it is
-an error, since replicating them silently would cost the memory that the mesh was asked to save.
+A dimension that its mesh axis does not divide is replicated for parameters below `SMALL` elements; for larger ones it
+is an error, since replicating them silently would cost the memory that the mesh was asked to save.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
         if mesh_axis is not None and dimension % mesh.shape[mesh_axis]:
             if size >= SMALL:
                 raise ShardingError(
-                    f"parameter {path!r} of shape {shape}: mesh axis {mesh_axis}={mesh.shape[mesh_axis]} does not divide "
-                    f"its {axis!r} dimension of {dimension}; choose a divisor, and give the other devices to mesh axis data"
+                    f"parameter {path!r} of shape {shape}: mesh axis {mesh_axis}={mesh.shape[mesh_axis]} does not "
+                    f"divide its {axis!r} dimension of {dimension}; choose a divisor, and the rest for mesh axis data"
                 )
             mesh_axis = None
         spec.append(mesh_axis)

@@ -18,8 +18,8 @@ def make_schedule(stage: StageConfig) -> Callable[[jax.Array], jax.Array]:
     """int32[] step of the stage, from 0 -> float32[] learning rate.
 
     All three warm up linearly from 1e-8 over `warmup_steps`. Then:
-      timm_cosine: a cosine as long as the whole stage begins after the warm-up, so the stage ends before the cosine does
-        and the minimum is never reached (the released runs; stage 1 ends at 7.5e-5 between 1e-4 and 5e-5).
+      timm_cosine: a cosine as long as the whole stage begins after the warm-up, so the stage ends before the cosine
+        does and never reaches the minimum (the released runs; stage 1 ends at 7.5e-5 between 1e-4 and 5e-5).
       cosine: reaches the minimum at the stage's last step.
       constant: stays.
     """
@@ -37,11 +37,12 @@ def make_schedule(stage: StageConfig) -> Callable[[jax.Array], jax.Array]:
 
 
 def make_optimizer(config: OptimizerConfig, stage: StageConfig) -> optax.GradientTransformation:
-    """Clipping, Adam, decoupled weight decay and the tower's factor; updates are for a learning rate of -1.
+    """Clipping, Adam, decoupled weight decay and the tower's factor.
 
-    The caller multiplies by the learning rate, which is a function of the stage's step: a skipped step must leave this
-    state as it was, and still move on in the schedule. To be initialised with the trainable parameters alone, so that
-    frozen ones have no moments. Decayed is whatever has no "bias" in its path, norm scales included, as in the scripts.
+    The caller subtracts learning rate times update. The rate is a function of the stage's step, not of this state: a
+    skipped step must leave the state as it was, and still move on in the schedule. To be initialised with the trainable
+    parameters alone, so that frozen ones have no moments. Decayed is whatever has no "bias" in its path, norm scales
+    included, as in the scripts.
     """
 
     def finish(updates, params):

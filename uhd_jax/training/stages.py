@@ -22,8 +22,8 @@ PART_PATTERNS: dict[str, str] = {
     "decoder": r"decoder/.+",
 }
 
-# The parts the scripts' vision learning rate applies to. The compressor is not among them: the scripts keep it beside the
-# connector, under the connector's flag.
+# The parts the scripts' vision learning rate applies to. The compressor is not among them: the scripts keep it beside
+# the connector, under the connector's flag.
 TOWER_PARTS = ("tower", "patch_embedding", "position_table")
 
 
@@ -104,9 +104,9 @@ _SHARED: tuple[dict[str, Any], ...] = (
 _VIT = ("tower", "patch_embedding", "position_table", "compressor")
 _SCRIPT_ALL = ("tower", "position_table", "compressor", "connector", "decoder")
 
-# Table A7 says stage 1 trains "ViT / Connector", the paper's text "projector and D"; the table is followed here, and the
-# scripts (connector, compressor and the position table, which they train in every stage) are the third variant. The
-# scripts leave the patch embedding frozen unless a flag of its own is given.
+# Table A7 says stage 1 trains "ViT / Connector", the paper's text "projector and D"; the table is followed here, and
+# the scripts (connector, compressor and the position table, which they train in every stage) are the third variant.
+# They leave the patch embedding frozen unless a flag of its own is given.
 RECIPES: dict[str, tuple[tuple[str, ...], ...]] = {
     "in_house": ((*_VIT, "connector"), _VIT, PARTS, PARTS),
     "onevision": ((*_VIT, "connector"), PARTS, PARTS, PARTS),

@@ -29,7 +29,9 @@ class TrainState:
     skipped_in_a_row: Any  # int32[]: of them, those just now
 
 
-def new_state(params: Any, rng: jax.Array, optimizer: optax.GradientTransformation, trainable: tuple[str, ...]) -> TrainState:
+def new_state(
+    params: Any, rng: jax.Array, optimizer: optax.GradientTransformation, trainable: tuple[str, ...]
+) -> TrainState:
     """The state before the first step of a run; pure."""
     opt_state = optimizer.init(split_params(params, trainable)[0])
     zero = jnp.zeros((), jnp.int32)

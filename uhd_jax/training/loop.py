@@ -1,0 +1,349 @@
+"""The training loop: stages in order, automatic resume, checkpoints, signals, logs."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import jax
+from jax.sharding import Mesh
+
+from uhd_jax import cost
+from uhd_jax.batch import Batch
+from uhd_jax.checkpoint import (
+    Checkpointer,
+    load_model,
+    load_model_config,
+    package_version,
+    require_same_config,
+    require_same_model,
+)
+from uhd_jax.config import RunConfig, StageConfig, to_dict
+from uhd_jax.models import uhd
+from uhd_jax.sharding.mesh import make_mesh
+from uhd_jax.sharding.rules import check_rows, place_batch
+from uhd_jax.training.metrics import (
+    JSONL_FILE,
+    TENSORBOARD_FOLDER,
+    Console,
+    Fill,
+    JsonlWriter,
+    Meter,
+    TensorBoardWriter,
+    to_number,
+)
+from uhd_jax.training.optimizer import make_optimizer
+from uhd_jax.training.state import TrainState, abstract_state, draw_params, enter_stage, first_state
+from uhd_jax.training.step import CompiledSteps, make_train_step
+
+MAX_IN_FLIGHT = 1  # steps dispatched and not yet read back while the next one is prepared
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step and what to do."""
+
+
+class Batches(Protocol):
+    """A stage's data: an endless iterator whose state is a JSON dict."""
+
+    def __next__(self) -> tuple[Batch, Mapping[str, Any]]:
+        """A batch of this process's rows, in NumPy and never written to again, and counters to log."""
+
+    def get_state(self) -> dict[str, Any]:
+        """State after the last batch that was returned, whatever has been prepared beyond it."""
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continues after the batch at which `state` was taken."""
+
+
+MakeBatches = Callable[[RunConfig, int], contextlib.AbstractContextManager[Batches]]  # of the stage with this index
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    state: TrainState
+    step: int
+    finished: bool
+    interrupted_by: int | None  # number of the signal
+    elapsed_seconds: float  # of all processes that worked on this run
+
+    @property
+    def exit_status(self) -> int:
+        """0 when finished or asked to leave by SIGTERM, 130 after SIGINT."""
+        return 130 if self.interrupted_by == signal.SIGINT else 0
+
+
+def train(
+    config: RunConfig,
+    workdir: str | os.PathLike[str],
+    make_batches: MakeBatches,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    stream: TextIO | None = None,
+) -> TrainResult:
+    """Trains through all stages, or on from the newest checkpoint in `workdir`.
+
+    A checkpoint is written every `checkpoint_every` steps, at the end of each stage, on SIGTERM and on SIGINT (the
+    step in progress is finished first), and before giving up on non-finite losses. A second signal ends the process
+    at once; so may SIGKILL at any time: the run then continues from its last checkpoint, with the same losses as if
+    nothing had happened, bit for bit on CPU.
+
+    Args:
+      config: the run.
+      workdir: where checkpoints, metrics.jsonl and TensorBoard files go; made if absent.
+      make_batches: opens the data of a stage.
+      devices: None for all.
+      stream: where progress goes; None for standard error.
+
+    Returns:
+      The last state, and how the run ended.
+
+    Raises:
+      ShardingError: rows or parameters do not divide over the devices.
+      ConfigMismatch: `workdir` holds a run of another config.
+      CheckpointError: a checkpoint cannot be read or written.
+      TrainingError: `max_bad_steps` non-finite steps in a row, or a stage's data came to an end.
+    """
+    run = _Run(config, Path(workdir), make_batches, make_mesh(config.train.mesh, devices), stream)
+    with _Signals() as signals:
+        return run(signals)
+
+
+class _Signals:
+    """Notes the first SIGTERM or SIGINT; the second one ends the process as if nobody had listened."""
+
+    def __init__(self):
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def _note(self, number, frame):
+        self.received = number
+        for each in self._before:
+            signal.signal(each, signal.SIG_DFL)
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+            for number in self._before:
+                signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A dispatched step whose metrics have not been read."""
+
+    step: int
+    stage_step: int
+    metrics: Mapping[str, jax.Array]
+    info: Mapping[str, Any]
+    fill: Fill
+    wait_seconds: float
+
+
+class _Run:
+    """One call of `train`."""
+
+    def __init__(self, config: RunConfig, workdir: Path, make_batches: MakeBatches, mesh: Mesh, stream: TextIO | None):
+        self.config, self.workdir, self.make_batches, self.mesh, self.stream = (
+            config,
+            workdir,
+            make_batches,
+            mesh,
+            stream,
+        )
+        for stage in config.train.stages:
+            check_rows(stage.rows, stage.accumulation, mesh)
+        self.init_params = lambda key: uhd.init_params(config.model, key)
+        self.peak = cost.peak_flops(mesh.devices.flatten().tolist(), config.train.peak_flops)
+        self.saved_step: int | None = None
+        self.start, self.seconds_before = time.monotonic(), 0.0
+
+    def __call__(self, signals: _Signals) -> TrainResult:
+        with contextlib.ExitStack() as stack:
+            self.checkpointer = Checkpointer(self.workdir, self.config.train.keep_checkpoints)
+            stack.callback(self.checkpointer.close)
+            state, first, iterator = self._start_or_resume()
+            step = int(state.step)
+            self.console = Console(sum(stage.steps for stage in self.config.train.stages), step, self.stream)
+            stack.callback(self.console.close)
+            self.writers = (
+                JsonlWriter(self.workdir / JSONL_FILE, step),
+                TensorBoardWriter(self.workdir / TENSORBOARD_FOLDER, step),
+            )
+            for writer in self.writers:
+                stack.callback(writer.close)
+            if self.saved_step is not None:
+                self.console.say(f"resuming {self.workdir} at step {step}")
+
+            for index in range(first, len(self.config.train.stages)):
+                if index > first:
+                    state = enter_stage(state, *self._optimizer(index), self._target(index))
+                state = self._stage(index, state, iterator, signals)
+                iterator = None
+                if signals.received:
+                    break
+            self.checkpointer.wait()
+            finished = index == len(self.config.train.stages) - 1 and int(state.stage_step) >= self._config(index).steps
+            if signals.received:
+                name = signal.Signals(signals.received).name
+                self.console.say(f"{name}: step {int(state.step)} is saved; start again to continue")
+        return TrainResult(state, int(state.step), finished, signals.received, self._elapsed())
+
+    def _elapsed(self) -> float:
+        return self.seconds_before + time.monotonic() - self.start
+
+    def _config(self, index: int) -> StageConfig:
+        return self.config.train.stages[index]
+
+    def _optimizer(self, index: int) -> tuple[Any, tuple[str, ...]]:
+        stage = self._config(index)
+        return make_optimizer(self.config.train.optimizer, stage), stage.trainable
+
+    def _target(self, index: int) -> TrainState:
+        abstract = jax.eval_shape(self.init_params, jax.random.key(0))
+        return abstract_state(abstract, *self._optimizer(index), self.mesh)
+
+    def _start_or_resume(self) -> tuple[TrainState, int, dict[str, Any] | None]:
+        """The state, the index of its stage, and the state of that stage's iterator (None for a new one)."""
+        step = self.checkpointer.latest_step()
+        if step is None:
+            target = self._target(0)
+            seed, init_from = self.config.train.seed, self.config.train.init_from
+            if init_from:
+                require_same_model(init_from, load_model_config(init_from), self.config.model)
+                params, _ = load_model(init_from, lambda on_disk: target.params)
+            else:
+                params = draw_params(self.init_params, seed, self.mesh)
+            return first_state(params, seed, *self._optimizer(0), target), 0, None
+        meta = self.checkpointer.read_meta(step)
+        require_same_config(self.workdir, meta["config"], self.config)
+        target = self._target(meta["stage_index"])
+        restored = self.checkpointer.restore(step, target.params, _beside_params(target))
+        self.saved_step, self.seconds_before = step, meta["elapsed_seconds"]
+        return TrainState(params=restored.params, **restored.training), meta["stage_index"], restored.iterator
+
+    def _stage(self, index: int, state: TrainState, iterator: dict[str, Any] | None, signals: _Signals) -> TrainState:
+        """Runs a stage from the state's step to the stage's end or a signal."""
+        stage = self._config(index)
+        step, stage_step = int(state.step), int(state.stage_step)
+        if stage_step >= stage.steps:
+            return state
+        steps = CompiledSteps(
+            make_train_step(
+                lambda params, batch: uhd.loss_sums(params, batch, self.config.model),
+                stage,
+                self.config.train.optimizer,
+                self._target(index),
+                self.mesh,
+            )
+        )
+        log = _Log(self, stage, steps)
+        with self.make_batches(self.config, index) as batches:
+            if iterator is not None:
+                batches.set_state(iterator)
+            while stage_step < stage.steps and not signals.received:
+                asked = time.monotonic()
+                try:
+                    batch, info = next(batches)
+                except StopIteration:
+                    raise TrainingError(
+                        f"the data of stage {stage.name!r} ended after {stage_step} of {stage.steps} steps: give it "
+                        f"more samples, or set the stage's steps to {stage_step}"
+                    ) from None
+                waited = time.monotonic() - asked
+                fill = Fill.of(batch, info)
+                state, metrics = steps(state, place_batch(batch, self.mesh))
+                step, stage_step = step + 1, stage_step + 1
+                too_many_bad = log.dispatched(_Pending(step, stage_step, metrics, info, fill, waited))
+                due = step % self.config.train.checkpoint_every == 0 or stage_step == stage.steps
+                if due or too_many_bad:
+                    # Before the save: a step in the checkpoint must not be missing from the log after a kill.
+                    too_many_bad |= log.catch_up()
+                    self._save(index, state, batches)
+                if too_many_bad:
+                    self.checkpointer.wait()
+                    raise TrainingError(
+                        f"step {step}: {self.config.train.max_bad_steps} steps in a row had a loss or gradient that is "
+                        f"not finite; parameters are as before them, saved as checkpoint {step}. Lower the learning "
+                        f"rate in a new workdir with train.init_from={self.workdir}, or look at the data"
+                    )
+            log.catch_up()
+            if step not in (0, self.saved_step):
+                self._save(index, state, batches)
+        return state
+
+    def _save(self, index: int, state: TrainState, batches: Batches) -> None:
+        step = int(state.step)
+        meta = {
+            "config": to_dict(self.config),
+            "stage": self._config(index).name,
+            "stage_index": index,
+            "step": step,
+            "stage_step": int(state.stage_step),
+            "elapsed_seconds": self._elapsed(),
+            "version": package_version(),
+        }
+        self.checkpointer.save(step, state.params, _beside_params(state), batches.get_state(), meta)
+        self.saved_step = step
+
+
+def _beside_params(state: TrainState) -> dict[str, Any]:
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    del fields["params"]
+    return fields
+
+
+class _Log:
+    """Reads metrics a step late, so that reading never keeps the device waiting, and writes the records."""
+
+    def __init__(self, run: _Run, stage: StageConfig, steps: CompiledSteps):
+        self._run, self._stage, self._steps = run, stage, steps
+        self._pending: collections.deque[_Pending] = collections.deque()
+        self._meter = Meter()
+        self._last_time, self._last_compile = time.monotonic(), steps.compile_seconds
+
+    def dispatched(self, pending: _Pending) -> bool:
+        """Takes a step just dispatched, reads those before it; True when too many in a row were bad."""
+        self._pending.append(pending)
+        return any([self._read() for _ in range(len(self._pending) - MAX_IN_FLIGHT)])
+
+    def catch_up(self) -> bool:
+        """Reads all that are left; True when too many in a row were bad."""
+        return any([self._read() for _ in range(len(self._pending))])
+
+    def _read(self) -> bool:
+        run, train, entry = self._run, self._run.config.train, self._pending.popleft()
+        metrics = {key: to_number(value) for key, value in jax.device_get(dict(entry.metrics)).items()}
+        now, compile_seconds = time.monotonic(), self._steps.compile_seconds
+        seconds = (now - self._last_time) - (compile_seconds - self._last_compile)
+        self._last_time, self._last_compile = now, compile_seconds
+        flops = cost.train_flops(run.config.model, entry.fill.used, self._stage.trainable)
+        self._meter.add(entry.fill, flops, entry.wait_seconds, seconds)
+        run.checkpointer.check()
+        run.console.step(self._stage.name)
+        bad = metrics["skipped_in_a_row"]
+        if bad:
+            run.console.say(f"step {entry.step}: loss or gradient is not finite, skipped ({bad} in a row)")
+        if entry.step % train.log_every == 0 or entry.stage_step == self._stage.steps:
+            record = {"stage": self._stage.name, "step": entry.step, "stage_step": entry.stage_step, **metrics}
+            record |= self._meter.take(run.peak)
+            record |= {"compilations": self._steps.compilations, "compile_seconds": compile_seconds}
+            record |= {f"data/{key}": to_number(value) for key, value in entry.info.items()}
+            for writer in (*run.writers, run.console):
+                writer.write(record)
+        return bad >= train.max_bad_steps

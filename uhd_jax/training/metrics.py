@@ -1,0 +1,191 @@
+"""What a run reports: JSONL always, TensorBoard, and the console. Formulas are in docs/metrics.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from uhd_jax.batch import Batch
+from uhd_jax.cost import Work, batch_work, bucket_work
+
+JSONL_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+Record = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fill:
+    """How much of the steps' static shapes was used; adds up over steps."""
+
+    used: Work = Work()
+    room: Work = Work()
+    used_patches_of_views: int = 0  # room for patches in the slots that hold a view
+    images: float = 0.0
+
+    def __add__(self, other: Fill) -> Fill:
+        return Fill(
+            self.used + other.used,
+            self.room + other.room,
+            self.used_patches_of_views + other.used_patches_of_views,
+            self.images + other.images,
+        )
+
+    @classmethod
+    def of(cls, batch: Batch, info: Mapping[str, Any]) -> Fill:
+        """Of one batch, still in NumPy; `info["images"]`, where given, is its number of images."""
+        used, bucket = batch_work(batch), batch.bucket
+        return cls(used, bucket_work(bucket), used.views * bucket.patches, float(info.get("images", 0)))
+
+    def waste(self) -> dict[str, float]:
+        """Shares that are padding: of the slots, of the patches in used slots, of the tokens."""
+
+        def share(used, room):
+            return 1.0 - used / room if room else 0.0
+
+        return {
+            "padding_waste_slots": share(self.used.views, self.room.views),
+            "padding_waste_patches": share(self.used.patches, self.used_patches_of_views),
+            "padding_waste_tokens": share(self.used.tokens, self.room.tokens),
+        }
+
+
+class JsonlWriter:
+    """One JSON object per line; a number that is not finite is written as null.
+
+    Floats are written so that they read back exactly. On resume the lines of steps after the restored one go, so that
+    every step stands in the file once.
+    """
+
+    def __init__(self, path: Path, restored_step: int):
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:  # the line that was being written when the run was killed
+                    continue
+                if record["step"] <= restored_step:
+                    kept.append(line + "\n")
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, path)
+        self._file = path.open("a")
+
+    def write(self, record: Record) -> None:
+        """Appends a record; after this a kill of the process does not lose it."""
+        self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class TensorBoardWriter:
+    """Scalars by step; events after the restored step are hidden on resume."""
+
+    def __init__(self, folder: Path, restored_step: int):
+        self._writer = SummaryWriter(str(folder), purge_step=restored_step + 1)
+
+    def write(self, record: Record) -> None:
+        """Writes the record's numbers."""
+        for key, value in record.items():
+            if key != "step" and isinstance(value, int | float):
+                self._writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self._writer.close()
+
+
+class Console:
+    """A progress bar on a terminal; elsewhere one plain line per record and message."""
+
+    def __init__(self, total_steps: int, step: int, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._total = total_steps
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm(total=total_steps, initial=step, unit="step", file=self._stream, dynamic_ncols=True)
+
+    def step(self, stage: str) -> None:
+        """One more step is done."""
+        if self._bar is not None:
+            self._bar.set_description(stage, refresh=False)
+            self._bar.update()
+
+    def write(self, record: Record) -> None:
+        """Shows the most wanted numbers of a record."""
+        shown = (
+            f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.2f}  "
+            f"{record['tokens_per_second']:.0f} tok/s  {record['images_per_second']:.1f} img/s"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
+        else:
+            self.say(f"{record['stage']} step {record['step']}/{self._total}  {shown}")
+
+    def say(self, message: str) -> None:
+        """Shows a message."""
+        if self._bar is not None:
+            self._bar.write(message, file=self._stream)
+        else:
+            print(message, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Meter:
+    """Sums over the steps since the last record."""
+
+    def __init__(self):
+        self._reset()
+
+    def _reset(self):
+        self.steps, self.fill, self.flops, self.wait_seconds, self.seconds = 0, Fill(), 0.0, 0.0, 0.0
+
+    def add(self, fill: Fill, flops: float, wait_seconds: float, seconds: float) -> None:
+        """Adds a step: what it held, its FLOPs, how long it waited for data, how long it took in all."""
+        self.steps += 1
+        self.fill += fill
+        self.flops += flops
+        self.wait_seconds += wait_seconds
+        self.seconds += seconds
+
+    def take(self, peak: float) -> dict[str, float]:
+        """The rates since the last call, and a new start. `peak` is the devices' FLOP/s."""
+        seconds = max(self.seconds, 1e-9)
+        rates = {
+            "step_seconds": seconds / max(1, self.steps),
+            "tokens_per_second": self.fill.used.tokens / seconds,
+            "images_per_second": self.fill.images / seconds,
+            "views_per_second": self.fill.used.views / seconds,
+            **self.fill.waste(),
+            "data_wait_fraction": min(1.0, self.wait_seconds / seconds),
+            "flop_utilisation": self.flops / seconds / peak,
+        }
+        self._reset()
+        return rates
+
+
+def to_number(value: Any) -> int | float:
+    """A Python number from a NumPy or Python scalar."""
+    return value if isinstance(value, int | float) else np.asarray(value).item()
