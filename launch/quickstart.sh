@@ -140,7 +140,7 @@ step "evaluate: held-out pages, sliced and as thumbnails" "$OUT/evaluation.json"
 step "slices: how one of those pages is cut" "$OUT/slices.png" \
   uhd slices "$OUT/page.png" --config="$CONFIG" --out="$OUT/slices.png"
 step "generate: one question about that page" "$OUT/answer.json" \
-  uhd generate --checkpoint="$OUT" --image="$OUT/page.png" --prompt="Transcribe the page." --out="$OUT/answer.json"
+  uhd generate --checkpoint="$OUT" --image="$OUT/page.png" --prompt="Transcribe." --out="$OUT/answer.json"
 if [ "$CONTROL" = 1 ]; then
   mkdir -p "$OUT/control"
   step "control_train: the same on thumbnails alone" "$OUT/control/trained.json" \

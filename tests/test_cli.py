@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uhd_jax import __version__
+import uhd_jax
 from uhd_jax.cli import COMMANDS, configs, main
 from uhd_jax.cli.common import UsageError, whole_file
 from uhd_jax.config import ConfigError
@@ -88,7 +88,7 @@ def test_every_command_exists_and_explains_itself(capsys, command):
 
 
 def test_version(capsys):
-    assert call(capsys, "--version") == (0, f"uhd-jax {__version__}\n", "")
+    assert call(capsys, "--version") == (0, f"uhd-jax {uhd_jax.__version__}\n", "")
 
 
 def test_unknown_command(capsys):
@@ -317,3 +317,149 @@ def test_a_result_is_whole_or_absent(tmp_path):
     with whole_file(path) as partial:
         partial.write_text("whole")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("result.json", "whole")]
+
+
+# --- report ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished_run(tmp_path):
+    def write(name, value):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(value if isinstance(value, str) else json.dumps(value))
+
+    losses = [("cells", 1, 2.0), ("cells", 2, None), ("pages", 3, 1.5), ("pages", 4, 0.5)]
+    records = [
+        {"stage": stage, "step": step, "stage_step": (step - 1) % 2 + 1, "loss": loss, "compilations": 1}
+        for stage, step, loss in losses
+    ]
+    write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    trained = {"name": "d", "seed": 3, "steps": 4, "train_seconds": 9.5, "devices": "1 x cpu", "versions": {}}
+    write("trained.json", trained)
+    write("evaluation.json", {"accuracy_with_slices": 0.9, "accuracy_thumbnail_only": 0.1, "chance": 0.125, "pages": 7})
+    return write, tmp_path
+
+
+def test_report(capsys, finished_run):
+    write, directory = finished_run
+    write("elapsed.txt", "install 20\ntrain 50\ntrain 30\nevaluate 5\n")
+    status, out, _ = call(capsys, "report", str(directory), "--json")
+    assert status == 0
+    report = json.loads(out)
+    assert report == json.loads((directory / "report.json").read_text())
+    assert {key: report[key] for key in ("seed", "accuracy_with_slices", "accuracy_thumbnail_only", "chance")} == {
+        "seed": 3,
+        "accuracy_with_slices": 0.9,
+        "accuracy_thumbnail_only": 0.1,
+        "chance": 0.125,
+    }
+    assert (report["train_seconds"], report["total_seconds"]) == (80, 105)
+    assert "accuracy_thumbnail_trained" not in report
+    assert report["stages"][1] == {"name": "pages", "first_loss": 1.5, "last_loss": 0.5, "steps": 2, "compilations": 1}
+    with Image.open(directory / "loss.png") as picture:
+        assert picture.format == "PNG" and np.asarray(picture).std() > 1
+
+
+def test_report_counts_the_step_in_progress_and_the_control(capsys, finished_run, monkeypatch):
+    write, directory = finished_run
+    monkeypatch.setattr("time.time", lambda: 1000.5)
+    write("elapsed.txt", "train 50\n")
+    write("running.txt", "report 990\n")
+    write("control/evaluation.json", {"accuracy_thumbnail_only": 0.07})
+    report = json.loads(call(capsys, "report", str(directory), "--json")[1])
+    assert (report["total_seconds"], report["seconds"]) == (60, {"train": 50, "report": 10})
+    assert report["accuracy_thumbnail_trained"] == 0.07
+
+
+def test_report_without_the_quickstart_has_the_time_of_training_only(capsys, finished_run):
+    report = json.loads(call(capsys, "report", str(finished_run[1]), "--json")[1])
+    assert report["train_seconds"] == 9.5 and "total_seconds" not in report
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "part"),
+    [
+        ("trained.json", None, "missing"),
+        ("evaluation.json", None, "missing"),
+        ("evaluation.json", "{", "not JSON"),
+        ("metrics.jsonl", None, "missing"),
+        ("metrics.jsonl", "", "no records"),
+        ("metrics.jsonl", '{"stage": 1', "line 1"),
+        ("elapsed.txt", "train soon\n", "train soon"),
+    ],
+)
+def test_report_refuses(capsys, finished_run, file, content, part):
+    write, directory = finished_run
+    (directory / file).unlink(missing_ok=True)
+    if content is not None:
+        write(file, content)
+    status, _, err = call(capsys, "report", str(directory))
+    assert status == 1
+    assert_one_line(err, file, part)
+    assert not (directory / "report.json").exists()
+
+
+# --- cost and generate -------------------------------------------------------------------------------------------
+
+
+def test_cost(capsys, config_file):
+    argv = ("cost", f"--config={config_file}", "--image-size=224x336")
+    costs = json.loads(call(capsys, *argv, "--json")[1])
+    assert costs["plan"]["visual_tokens"] == 28
+    assert costs["parameters"]["total"] == sum(v for k, v in costs["parameters"].items() if k != "total")
+    assert costs["forward_flops"]["total"] == sum(v for k, v in costs["forward_flops"].items() if k != "total")
+    assert costs["stages"][0]["train_flops"] > costs["forward_flops"]["total"] > 0
+    longer = json.loads(call(capsys, *argv, "--json", "--text-tokens=100", "--mode=4x")[1])
+    assert longer["plan"]["visual_tokens"] == 111
+    assert longer["forward_flops"]["decoder"] > costs["forward_flops"]["decoder"]
+    status, out, _ = call(capsys, *argv)
+    assert status == 0 and f"{costs['parameters']['total']:,}" in out
+
+
+def test_commands_that_need_a_configuration_say_so(capsys):
+    for argv in (("cost", "--image-size=3x3"), ("train", "--workdir=nowhere")):
+        status, _, err = call(capsys, *argv)
+        assert status == 2
+        assert_one_line(err, "--config")
+
+
+@pytest.mark.parametrize(
+    ("flag", "part"),
+    [
+        ("--temperature=-1", "'-1'"),
+        ("--temperature=nan", "'nan'"),
+        ("--top-p=0", "'0'"),
+        ("--top-p=1.5", "'1.5'"),
+        ("--top-k=-1", "'-1'"),
+        ("--max-new-tokens=0", "'0'"),
+        ("--seed=x", "'x'"),
+        ("--config=x.py", "--config=x.py"),
+    ],
+)
+def test_generate_refuses_senseless_values(capsys, flag, part):
+    status, _, err = call(capsys, "generate", "--checkpoint=none", "--prompt=x", flag)
+    assert status == 2
+    assert_one_line(err, part)
+
+
+class Echo:
+    """Stands in for a loaded model."""
+
+    def generate(self, prompt, images, stream, **options):
+        for word in ("four", " two"):
+            if stream:
+                stream(word)
+        self.seen = (prompt, images, options)
+        return "four two"
+
+
+def test_generate_streams_or_prints_json(capsys, monkeypatch, tmp_path):
+    echo = Echo()
+    monkeypatch.setitem(vars(uhd_jax), "load", lambda directory: echo)
+    argv = ("generate", "--checkpoint=c", "--prompt=What?", "--image=a.png", "--image", "b.png", "--top-k=3")
+    assert call(capsys, *argv) == (0, "four two\n", "")
+    assert echo.seen[:2] == ("What?", ["a.png", "b.png"]) and echo.seen[2]["top_k"] == 3
+    out = call(capsys, *argv, "--json", f"--out={tmp_path / 'answer.json'}")[1]
+    assert json.loads(out) == {"prompt": "What?", "images": ["a.png", "b.png"], "answer": "four two"}
+    assert json.loads((tmp_path / "answer.json").read_text()) == json.loads(out)

@@ -20,13 +20,13 @@ def losses(records: Sequence[Mapping[str, Any]], title: str) -> plt.Figure:
     """Draws the training loss, one panel per stage, all on one logarithmic scale.
 
     Args:
-      records: metrics in the order of training, each with `stage`, `step` (inside its stage) and `loss`.
+      records: metrics in the order of training, each with `stage`, `step` and `loss` (None: not finite).
       title: what stands above the panels.
 
     Returns:
       The figure; the caller saves and closes it.
     """
-    stages: dict[str, list[tuple[int, float]]] = {}
+    stages: dict[str, list[tuple[int, float | None]]] = {}
     for record in records:
         stages.setdefault(record["stage"], []).append((record["step"], record["loss"]))
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
@@ -48,7 +48,7 @@ def losses(records: Sequence[Mapping[str, Any]], title: str) -> plt.Figure:
             panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
             panel.yaxis.set_minor_formatter(ticker.NullFormatter())
         panels[0, 0].set_ylabel("loss per trained token")
-        figure.supxlabel("step of the stage", fontsize=10)
+        figure.supxlabel("step", fontsize=10)
         figure.suptitle(title, fontsize=11)
     return figure
 

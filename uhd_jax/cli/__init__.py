@@ -1,8 +1,8 @@
 """The command line: `uhd-jax COMMAND ...`, one file of this folder per command.
 
-A command's module holds `add_arguments(parser)` and `run(arguments, config) -> None`; `CONFIG` says whether it takes
-`--config` ("required", "optional" or "none"). Modules are imported only when their command is called, and import what
-is heavy inside `run`, so that help and the light commands answer at once.
+A command's module holds `add_arguments(parser)` and `run(arguments, config)`, which may return an exit status; `CONFIG`
+says whether it takes `--config` ("required", "optional" or "none"). Modules are imported only when their command is
+called, and import what is heavy inside `run`, so that help and the light commands answer at once.
 
 Exit status: 0; 1 for an error of the project (one line, `--traceback` shows where); 2 for a wrong command line; 130
 when interrupted.
@@ -91,8 +91,7 @@ def _run(name: str, argv: list[str]) -> int:
         arguments = parser.parse_args(own_argv)
         if command.CONFIG == "required" and not config_argv:
             raise UsageError("--config=FILE.py is needed")
-        command.run(arguments, configs.load(config_argv) if config_argv else None)
-        return 0
+        return command.run(arguments, configs.load(config_argv) if config_argv else None) or 0
     except UsageError as error:
         parser.error(str(error))
     except BrokenPipeError:

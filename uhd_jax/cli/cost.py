@@ -1,0 +1,78 @@
+"""What a configuration costs for one image: parameters, visual tokens, FLOPs, memory of training.
+
+  uhd-jax cost --config=configs/demo.py --image-size=224x336
+
+One multiply-accumulate is 2 FLOPs; only products with weights and in attention count, padding and recomputation do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from uhd_jax.cli.common import not_negative, size
+from uhd_jax.config import MODES, RunConfig
+from uhd_jax.slicing.plan import Size, make_plan
+
+CONFIG = "required"
+CONVENTION = "2 FLOPs per multiply-accumulate of products with weights and in attention; no padding, no recomputation"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `uhd-jax cost`."""
+    parser.add_argument("--image-size", type=size, required=True, metavar="HxW", help="height and width in pixels")
+    parser.add_argument("--text-tokens", type=not_negative, default=0, metavar="N", help="tokens of text (default 0)")
+    parser.add_argument("--mode", choices=MODES, help="compression (default: the configuration's)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
+    """Prints the cost of one image with its text."""
+    costs = costs_of(config, arguments.image_size, arguments.text_tokens, arguments.mode)
+    print(json.dumps(costs) if arguments.json else _tables(costs))
+
+
+def costs_of(config: RunConfig, image: Size, text_tokens: int = 0, mode: str | None = None) -> dict[str, Any]:
+    """Everything the command prints, with JSON types only."""
+    from uhd_jax import cost
+
+    model = config.model
+    plan = make_plan(image, model.slicing, model.tower.patch_size, model.merge_levels(mode))
+    work = cost.plan_work(plan, text_tokens)
+    parameters = cost.parameter_counts(model)
+    forward = cost.forward_flops(model, work, mode)
+    return {
+        "plan": plan.to_json(),
+        "text_tokens": text_tokens,
+        "mode": mode or model.mode,
+        "parameters": {**parameters, "total": sum(parameters.values())},
+        "forward_flops": {**forward, "total": sum(forward.values())},
+        "stages": [
+            {
+                "name": stage.name,
+                "train_flops": cost.train_flops(model, work, stage.trainable, mode),
+                "state_bytes": cost.state_bytes(model, stage.trainable),
+            }
+            for stage in config.train.stages
+        ],
+        "flops_convention": CONVENTION,
+    }
+
+
+def _tables(costs: dict[str, Any]) -> str:
+    plan, parameters, flops = costs["plan"], costs["parameters"], costs["forward_flops"]
+    height, width = plan["image"]
+    lines = [
+        f"image {height}x{width} (height x width), {costs['mode']}: {plan['views']} views, {plan['patches']} patches, "
+        f"{plan['visual_tokens']} visual tokens, {costs['text_tokens']} other tokens",
+        "",
+        f"{'part':16}  {'parameters':>14}  {'forward GFLOPs':>14}",
+        *(f"{part:16}  {parameters[part]:>14,}  {flops[part] / 1e9:>14,.3f}" for part in parameters),
+        "",
+        f"{'stage':16}  {'training GFLOPs':>15}  {'parameters':>11}  {'gradients':>11}  {'moments':>11}",
+    ]
+    for stage in costs["stages"]:
+        memory = "  ".join(f"{count / 2**20:>7,.1f} MiB" for count in stage["state_bytes"].values())
+        lines.append(f"{stage['name']:16}  {stage['train_flops'] / 1e9:>15,.3f}  {memory}")
+    return "\n".join([*lines, "", f"FLOPs: {costs['flops_convention']}."])

@@ -1,0 +1,53 @@
+"""Train a model through the stages of a configuration.
+
+  uhd-jax train --config=configs/demo.py --workdir=runs/demo
+
+The folder gets checkpoints, metrics.jsonl, TensorBoard files and, once all stages are done, trained.json. If it holds a
+checkpoint, training goes on from there. SIGTERM saves and leaves with status 0, Ctrl-C saves and leaves with 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from uhd_jax.cli.common import write_json
+from uhd_jax.config import RunConfig
+
+CONFIG = "required"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `uhd-jax train`."""
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where everything goes; made if absent")
+
+
+def run(arguments: argparse.Namespace, config: RunConfig | None) -> int:
+    """Trains; the status says how it ended."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask absl, which does not parse this command line
+    import jax
+
+    from uhd_jax import __version__
+    from uhd_jax.data.pipeline import make_batches
+    from uhd_jax.training.loop import train
+
+    summary = Path(arguments.workdir) / "trained.json"
+    summary.unlink(missing_ok=True)
+    result = train(config, arguments.workdir, make_batches)
+    if result.finished:
+        device = jax.devices()[0]
+        write_json(
+            summary,
+            {
+                "name": config.name,
+                "seed": config.train.seed,
+                "steps": result.step,
+                "train_seconds": round(result.elapsed_seconds, 1),
+                "devices": f"{jax.device_count()} x {device.device_kind}",
+                "versions": {"uhd_jax": __version__, "jax": jax.__version__},
+            },
+        )
+    return result.exit_status
