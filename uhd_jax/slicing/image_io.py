@@ -39,13 +39,12 @@ _UPRIGHT = {
 }
 _SWAPS_SIDES = (5, 6, 7, 8)
 _TIFF_BITS_PER_SAMPLE = 258
-_DEFAULT_LIMITS = ImageLimits()
 
 # Pillow warns at half the size that `ImageLimits` accepts by default; that limit, checked below, takes its place.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def open_image(source: Source, limits: ImageLimits = _DEFAULT_LIMITS) -> np.ndarray:
+def open_image(source: Source, limits: ImageLimits = ImageLimits()) -> np.ndarray:
     """Opens, checks and decodes an image.
 
     Args:
@@ -64,7 +63,7 @@ def open_image(source: Source, limits: ImageLimits = _DEFAULT_LIMITS) -> np.ndar
         return _to_rgb(image)
 
 
-def read_size(source: Source, limits: ImageLimits = _DEFAULT_LIMITS) -> Size:
+def read_size(source: Source, limits: ImageLimits = ImageLimits()) -> Size:
     """The size that `open_image` would give, from the headers alone; raises as `open_image` except for bad pixels.
 
     A binary file that cannot seek is consumed.
