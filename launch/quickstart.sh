@@ -48,7 +48,16 @@ if [ -z "$OUT" ]; then
 fi
 case "$OUT" in /*) ;; *) OUT="$CALLED_FROM/$OUT" ;; esac
 mkdir -p "$OUT"
+OUT="$(cd "$OUT" && pwd -P)"
 cd "$ROOT"
+
+# The lock is inherited by what this script starts, so it also holds off a second start while a step that outlived a
+# killed script is still saving.
+exec 9>"$OUT/.lock"
+if ! flock --nonblock 9; then
+  echo "another process is at work in $OUT; waiting for it"
+  flock 9
+fi
 
 # One folder, one run: results of different settings never mix.
 SETTINGS="seed=$SEED short=$SHORT"
@@ -106,9 +115,12 @@ step() {
   fi
   say "$name"
   WORKED=1
-  begin "${name%% *}"
-  "$@" &
+  begin "${name%%:*}"
+  # In a process group of its own: Ctrl-C reaches this script alone, which passes on one signal, not two.
+  set -m
+  "$@" </dev/null &
   CHILD=$!
+  set +m
   while :; do
     status=0
     wait "$CHILD" || status=$?
@@ -121,7 +133,10 @@ step() {
   [ -e "$result" ] || die "step '$name' ended early; start the same command again to go on"
 }
 
-uhd() { exec "$VENV_DIR/bin/uhd-jax" "$@"; }
+# A step ends when this script is killed outright.
+TIED=()
+! command -v setpriv >/dev/null || TIED=(setpriv --pdeathsig TERM)
+uhd() { exec "${TIED[@]}" "$VENV_DIR/bin/uhd-jax" "$@"; }
 
 begin install
 ensure_installed
