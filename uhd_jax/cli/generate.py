@@ -12,7 +12,7 @@ import argparse
 import json
 
 from uhd_jax.cli.common import fraction, not_negative, number, positive, write_json
-from uhd_jax.config import RunConfig
+from uhd_jax.config import MODES, RunConfig
 
 CONFIG = "none"
 
@@ -22,13 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the folder of a training run or of a model")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
     parser.add_argument("--image", action="append", default=[], metavar="F", help="an image file; may be repeated")
-    parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--temperature", type=number, default=0.0, metavar="X", help="0 always takes the likeliest token (default)"
     )
     parser.add_argument("--top-p", type=fraction, default=1.0, metavar="X", help="sample from the likeliest only")
     parser.add_argument("--top-k", type=not_negative, default=0, metavar="N", help="sample from N tokens; 0: from all")
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="seed of sampling")
+    parser.add_argument("--mode", choices=MODES, help="compression (default: the model's)")
+    parser.add_argument("--max-slices", type=positive, metavar="N", help="replaces the model's limit")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the bare answer")
     parser.add_argument("--out", metavar="F.json", help="also write the JSON to a file")
 
@@ -45,6 +47,8 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
         top_p=arguments.top_p,
         top_k=arguments.top_k,
         seed=arguments.seed,
+        max_slices=arguments.max_slices,
+        mode=arguments.mode,
         stream=None if arguments.json else lambda text: print(text, end="", flush=True),
     )
     result = {"prompt": arguments.prompt, "images": arguments.image, "answer": answer}

@@ -30,13 +30,20 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> int:
         flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask absl, which does not parse this command line
     import jax
 
-    from uhd_jax import __version__
+    from uhd_jax import __version__, checkpoint
     from uhd_jax.data.pipeline import make_batches
+    from uhd_jax.data.tokenizer import load_tokenizer
     from uhd_jax.training.loop import train
 
-    summary = Path(arguments.workdir) / "trained.json"
+    workdir = Path(arguments.workdir)
+    if not any((workdir / checkpoint.FOLDER).glob("*")):
+        # What answers later needs the tokenizer of the training, which may be gone from its own place by then.
+        tokenizer = load_tokenizer(config.model.chat.tokenizer, config.model.chat)
+        (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
+        tokenizer.save(workdir / "tokenizer")
+    summary = workdir / "trained.json"
     summary.unlink(missing_ok=True)
-    result = train(config, arguments.workdir, make_batches)
+    result = train(config, workdir, make_batches)
     if result.finished:
         device = jax.devices()[0]
         write_json(
