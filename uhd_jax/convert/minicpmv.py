@@ -174,9 +174,9 @@ def load_checkpoint(folder: str | Path, abstract_of: Any) -> tuple[ModelConfig, 
     """
     folder = Path(folder)
     config = model_config(folder)
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise ConvertError(f"{folder}: no .safetensors file")
+        raise ConvertError(f"{folder}: no model*.safetensors file")
     tensors = {}
     for file in files:
         with safe_open(file, framework="np") as reader:

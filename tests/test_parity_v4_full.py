@@ -1,0 +1,103 @@
+"""A whole imported checkpoint (Qwen3 decoder) against the PyTorch model: prompt, logits, greedy tokens."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from golden_v4 import GOLDEN, load
+
+import uhd_jax
+from uhd_jax.convert import minicpmv
+from uhd_jax.convert.tables import ConvertError, export_tensors, flatten, import_tensors
+from uhd_jax.generation.assistant import PromptError, _abstract_params
+from uhd_jax.generation.decode import Sampling, generate_tokens
+from uhd_jax.slicing.image_io import open_image
+
+FOLDER = GOLDEN / "v4_full_qwen3_16x"
+META = json.loads((FOLDER / "meta.json").read_text())
+IMAGES = [FOLDER / "image_0.png", FOLDER / "image_1.png"]
+QUESTION = "What is this?"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return uhd_jax.load(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def io():
+    return load("v4_full_qwen3_16x", "io")
+
+
+def test_prepare_gives_the_processors_ids_and_pixels(model, io):
+    prepared = model.prepare(QUESTION, IMAGES)
+    np.testing.assert_array_equal(prepared.token_ids, io["input_ids"][0])
+    assert [tuple(view.patch_grid) for plan in prepared.plans for view in plan.views] == [
+        tuple(grid) for grid in io["target_sizes"]
+    ]
+
+
+def test_logits_at_every_position(model, io):
+    ours = model.logits(io["input_ids"][0], IMAGES)
+    assert ours.shape == io["logits"][0].shape
+    np.testing.assert_allclose(ours, io["logits"][0], atol=1e-4, rtol=0)
+
+
+def test_logits_depend_on_the_image(model, io):
+    other = np.zeros((*np.asarray(open_image(IMAGES[0])).shape[:2], 3), np.uint8)
+    blank = model.logits(io["input_ids"][0], [other, IMAGES[1]])
+    assert np.abs(blank[-1] - io["logits"][0, -1]).max() > 0.1
+
+
+def test_greedy_tokens(model, io):
+    batch = model._batch([model.prepare(QUESTION, IMAGES)], None)
+    tokens = generate_tokens(
+        model.params, model.config, batch, max_new_tokens=12, stop=(), sampling=Sampling(), cache_length=96
+    )
+    assert tokens[0] == META["new_tokens"] == io["generated_ids"][0, 66:].tolist()
+
+
+def test_generate_text(model):
+    answer = model.generate(QUESTION, IMAGES, max_new_tokens=12)
+    assert answer == model.tokenizer.decode(META["new_tokens"])
+
+
+def test_encode_images_equal_what_the_model_reads(model):
+    tokens = model.encode_images(IMAGES)
+    assert [t.shape for t in tokens] == [(14, 48), (4, 48)]
+    alone = model.encode_images(IMAGES[1:])[0]
+    np.testing.assert_allclose(alone, tokens[1], atol=1e-5, rtol=0)
+    wider = model.encode_images(IMAGES[:1], mode="4x")[0]
+    assert len(wider) == model.prepare("", IMAGES[:1], mode="4x").plans[0].visual_tokens > 14
+
+
+def test_wrong_number_of_placeholders(model, io):
+    with pytest.raises(PromptError, match="18 placeholders among the ids, but 4 visual tokens"):
+        model.logits(io["input_ids"][0], IMAGES[1:])
+
+
+def test_export_is_the_inverse_of_import(model):
+    theirs = load("v4_full_qwen3_16x", "model")
+    table = minicpmv.table(model.config)
+    ours = export_tensors(table, jax.tree.map(np.asarray, model.params))
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
+
+
+def test_every_misfit_is_listed(model):
+    tensors = dict(load("v4_full_qwen3_16x", "model"))
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:, :-1]
+    del tensors["model.language_model.norm.weight"]
+    tensors["model.extra.weight"] = np.zeros((2, 3), np.float32)
+    with pytest.raises(ConvertError) as error:
+        import_tensors(minicpmv.table(model.config), tensors, _abstract_params(model.config))
+    for part in ("lm_head.weight has shape (288, 47)", "missing model.language_model.norm.weight", "(2, 3)"):
+        assert part in str(error.value)
+
+
+def test_params_are_float32(model):
+    assert {leaf.dtype for leaf in flatten(model.params).values()} == {np.dtype("float32")}

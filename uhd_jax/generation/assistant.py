@@ -1,0 +1,285 @@
+"""The object a user holds: a model with its tokenizer, answering questions about images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from uhd_jax.batch import Batch, Bucket
+from uhd_jax.checkpoint import load_model
+from uhd_jax.config import ModelConfig
+from uhd_jax.convert import minicpmv
+from uhd_jax.data.chat import EncodedSample, ImagePart, Message, encode_chat
+from uhd_jax.data.packing import fill_batch
+from uhd_jax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from uhd_jax.generation.decode import Sampling, generate_tokens
+from uhd_jax.models import uhd
+from uhd_jax.slicing.image_io import open_image
+from uhd_jax.slicing.pixels import cut_views
+from uhd_jax.slicing.plan import Plan, Size, make_plan
+
+Image = Any  # whatever `slicing.image_io.open_image` takes: path, bytes, PIL image, uint8 array
+
+
+class PromptError(ValueError):
+    """A prompt cannot be answered: too long, or its images and placeholders do not match."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What the model sees of one prompt."""
+
+    sample: EncodedSample
+    views: tuple[np.ndarray, ...]  # uint8[P, patch_dim] each, merge order, all images in order
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """int32[T], placeholders expanded."""
+        return self.sample.tokens
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """One per image."""
+        return self.sample.plans
+
+
+class Assistant:
+    """A model that answers.
+
+    Every distinct bucket of shapes (prompt length, views, patches, all rounded up) compiles once.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      tokenizer: its tokenizer.
+      max_length: prompt and answer together may have so many tokens.
+    """
+
+    def __init__(self, config: ModelConfig, params: Any, tokenizer: Tokenizer, max_length: int = 32_768):
+        if tokenizer.vocab_size > config.decoder.vocab_size:
+            raise ValueError(
+                f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the decoder only {config.decoder.vocab_size}"
+            )
+        self.config = config
+        self.params = params
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    def prepare(
+        self, prompt: str, images: Sequence[Image] = (), *, max_slices: int | None = None, mode: str | None = None
+    ) -> Prepared:
+        """What the model would see: ids, plans and patches of a question about images, which stand before it.
+
+        Args:
+          prompt: the question; marks such as "<image>" in it are read as plain text.
+          images: paths, bytes, PIL images or uint8 arrays.
+          max_slices: slices per image at most, 1 for the thumbnail alone; None for the config's limit.
+          mode: "16x" or "4x"; None for the config's.
+
+        Raises:
+          ImageRefused: an image cannot be used.
+          PromptError: the prompt is too long.
+        """
+        pixels = [open_image(image, self.config.slicing.limits) for image in images]
+        plans = [self._plan(image, max_slices, mode) for image in pixels]
+        parts = (*(ImagePart(i) for i in range(len(plans))), prompt)
+        sample = encode_chat([Message("user", parts)], plans, self.tokenizer, self.config.chat, generate=True)
+        if len(sample.tokens) > self.max_length:
+            raise PromptError(
+                f"the prompt has {len(sample.tokens)} tokens ({sum(p.visual_tokens for p in plans)} of them visual), more "
+                f"than max_length={self.max_length}; shorten it or lower max_slices"
+            )
+        return Prepared(sample, self._views(pixels, plans))
+
+    def encode_images(
+        self, images: Sequence[Image], *, max_slices: int | None = None, mode: str | None = None
+    ) -> list[np.ndarray]:
+        """Visual tokens of each image: float32[visual tokens, D], thumbnail first, then slices in raster order."""
+        pixels = [open_image(image, self.config.slicing.limits) for image in images]
+        plans = [self._plan(image, max_slices, mode) for image in pixels]
+        views = self._views(pixels, plans)
+        if not views:
+            return []
+        levels = self.config.merge_levels(mode)
+        patches = np.zeros((_room(len(views)), _patch_room(views), views[0].shape[1]), np.uint8)
+        grids = np.zeros((len(patches), 2), np.int32)
+        view_plans = [view for plan in plans for view in plan.views]
+        for index, (view, plan) in enumerate(zip(views, view_plans, strict=True)):
+            patches[index, : len(view)] = view
+            grids[index] = plan.patch_grid
+        features = np.asarray(_encode(self.params, patches, grids, self.config, mode), np.float32)
+        tokens = [f[: plan.patch_grid.area // 4**levels] for f, plan in zip(features, view_plans, strict=False)]
+        ends = np.cumsum([len(plan.views) for plan in plans])
+        return [np.concatenate(tokens[end - len(plan.views) : end]) for plan, end in zip(plans, ends, strict=True)]
+
+    def logits(
+        self,
+        token_ids: Sequence[int] | np.ndarray,
+        images: Sequence[Image] = (),
+        *,
+        max_slices: int | None = None,
+        mode: str | None = None,
+    ) -> np.ndarray:
+        """float32[T, V] after each of T ids, in which the placeholders of the images are expanded already.
+
+        Raises:
+          PromptError: the number of placeholders is not the number of the images' visual tokens.
+        """
+        pixels = [open_image(image, self.config.slicing.limits) for image in images]
+        plans = [self._plan(image, max_slices, mode) for image in pixels]
+        tokens = np.asarray(token_ids, np.int32)
+        places = np.flatnonzero(tokens == self.tokenizer.special(self.config.chat.placeholder))
+        counts = [view.visual_tokens for plan in plans for view in plan.views]
+        if len(places) != sum(counts):
+            sizes = ", ".join(f"{plan.image}: {plan.visual_tokens}" for plan in plans) or "none"
+            raise PromptError(
+                f"{len(places)} placeholders among the ids, but {sum(counts)} visual tokens (per image {sizes})"
+            )
+        view, view_token = np.full(len(tokens), -1, np.int32), np.zeros(len(tokens), np.int32)
+        view[places] = np.repeat(np.arange(len(counts)), counts)
+        view_token[places] = np.concatenate([np.arange(count) for count in [*counts, 0]])
+        sample = EncodedSample(tokens, np.zeros(len(tokens), bool), view, view_token, tuple(plans))
+        batch = self._batch([Prepared(sample, self._views(pixels, plans))], mode)
+        return np.asarray(_logits(self.params, batch, self.config, mode))[0, : len(tokens)]
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        images: Sequence[Any] = (),
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        max_slices: int | None = None,
+        mode: str | None = None,
+        stream: Callable[[str], None] | None = None,
+    ) -> str | list[str]:
+        """Answers one prompt, or a batch of prompts of different lengths and image counts.
+
+        Args:
+          prompt: a question, or a list of them.
+          images: the question's images; for a list of questions, a list of images for each.
+          max_new_tokens: length limit of an answer.
+          temperature: 0 for greedy.
+          top_k: keep the k likeliest tokens when sampling; 0 keeps all.
+          top_p: keep the likeliest tokens of this total probability when sampling.
+          seed: of sampling.
+          max_slices: slices per image at most; None for the config's limit.
+          mode: "16x" or "4x"; None for the config's.
+          stream: called with each new piece of text; for a single prompt only.
+
+        Returns:
+          The answer, or a list of them.
+
+        Raises:
+          ImageRefused, PromptError: as in `prepare`; the error of a batch names the prompt by its number.
+        """
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        single = isinstance(prompt, str)
+        prompts, image_lists = ([prompt], [images]) if single else (list(prompt), list(images) or [()] * len(prompt))
+        if len(prompts) != len(image_lists):
+            raise PromptError(f"{len(prompts)} prompts, but {len(image_lists)} lists of images")
+        if stream is not None and not single:
+            raise PromptError("streaming is for a single prompt")
+        if not prompts:
+            return []
+        prepared = [
+            self.prepare(text, own, max_slices=max_slices, mode=mode)
+            for text, own in zip(prompts, image_lists, strict=True)
+        ]
+        answers = self._continue(prepared, max_new_tokens, sampling, mode, stream)
+        return answers[0] if single else answers
+
+    def _continue(self, prepared, max_new_tokens, sampling, mode, stream) -> list[str]:
+        batch = self._batch(prepared, mode)
+        longest = max(len(p.token_ids) for p in prepared)
+        if longest + max_new_tokens > self.max_length:
+            raise PromptError(
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed max_length={self.max_length}"
+            )
+        decoder = StreamDecoder(self.tokenizer)
+
+        def on_tokens(tokens):
+            if tokens[0] >= 0 and (text := decoder.push(int(tokens[0]))):
+                stream(text)
+
+        chat = self.config.chat
+        answers = generate_tokens(
+            self.params,
+            self.config,
+            batch,
+            max_new_tokens=max_new_tokens,
+            stop={self.tokenizer.special(chat.turn_end), self.tokenizer.special(chat.padding)},
+            sampling=sampling,
+            cache_length=_room(max(batch.tokens.shape[1], longest + max_new_tokens)),
+            mode=mode,
+            on_tokens=on_tokens if stream else None,
+        )
+        if stream and (rest := decoder.flush()):
+            stream(rest)
+        return [self.tokenizer.decode(answer) for answer in answers[: len(prepared)]]
+
+    def _plan(self, image: np.ndarray, max_slices: int | None, mode: str | None) -> Plan:
+        levels = self.config.merge_levels(mode)
+        return make_plan(Size(*image.shape[:2]), self.config.slicing, self.config.tower.patch_size, levels, max_slices)
+
+    def _views(self, pixels: Sequence[np.ndarray], plans: Sequence[Plan]) -> tuple[np.ndarray, ...]:
+        side = self.config.tower.patch_size
+        return tuple(view for image, plan in zip(pixels, plans, strict=True) for view in cut_views(image, plan, side))
+
+    def _batch(self, prepared: Sequence[Prepared], mode: str | None) -> Batch:
+        """One prompt per row; every static shape rounded up, so that similar prompts share a program."""
+        bucket = Bucket(
+            rows=_room(len(prepared)),
+            slots=_room(max(len(p.views) for p in prepared)),
+            tokens=_room(max(len(p.token_ids) for p in prepared), 32),
+            patches=_patch_room([view for p in prepared for view in p.views]),
+            patch_dim=self.config.tower.patch_dim,
+        )
+        return fill_batch([[(p.sample, p.views)] for p in prepared], bucket, self.config.merge_levels(mode))
+
+
+_encode = jax.jit(uhd.encode_views, static_argnames=("config", "mode"))
+_logits = jax.jit(uhd.logits, static_argnames=("config", "mode"))
+
+
+def _room(count: int, smallest: int = 1) -> int:
+    """`count` rounded up to one of 8 sizes per power of two: few programs, at most 1/8 of padding."""
+    if count <= smallest:
+        return smallest if count else 0
+    step = max(smallest, 2 ** (count.bit_length() - 1) // 8)
+    return -(-count // step) * step
+
+
+def _patch_room(views: Sequence[np.ndarray]) -> int:
+    return _room(max((len(view) for view in views), default=16), 16)
+
+
+def load(directory: str | Path, max_length: int = 32_768) -> Assistant:
+    """Loads a model to talk to.
+
+    Args:
+      directory: a training workdir, a saved model, or a checkpoint in the MiniCPM-V 4.6 layout of transformers.
+      max_length: as in `Assistant`.
+
+    Raises:
+      CheckpointError, ConvertError, TokenizerError: what is missing or does not fit, and where.
+    """
+    directory = Path(directory)
+    if (directory / "preprocessor_config.json").exists():
+        config, params = minicpmv.load_checkpoint(directory, _abstract_params)
+        return Assistant(config, jax.tree.map(jnp.asarray, params), load_tokenizer(directory), max_length)
+    params, config = load_model(directory)
+    return Assistant(config, params, load_tokenizer(directory / "tokenizer"), max_length)
+
+
+def _abstract_params(config: ModelConfig) -> Any:
+    return jax.eval_shape(lambda: uhd.init_params(config, jax.random.key(0)))
