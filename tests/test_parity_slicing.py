@@ -35,6 +35,8 @@ def test_sizes(processor):
         height = draw.uniform(math.log(10), math.log(6000))
         width = min(max(height + draw.uniform(-1, 1) * math.log(60), 0), math.log(6000))
         size = Size(round(math.exp(height)), round(math.exp(width)))
+        if draw.random() < 0.05:  # squares, where grids tie
+            size = Size(size.height, size.height)
         max_slices = draw.choice([1, 2, 4, 9, 16, 36])
         for mode, levels in LEVELS.items():
             plan = make_plan(size, SlicingConfig(), 14, levels, max_slices)

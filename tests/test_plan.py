@@ -53,6 +53,17 @@ def test_squares_decided_by_the_last_bit_of_a_logarithm():
     assert make_plan(Size(1186, 1186), SLICES, 14, 2).grid != Grid(2, 3)
 
 
+def test_on_an_exact_tie_more_rows_win():
+    for side in (449, 500, 633):
+        assert make_plan(Size(side, side), SLICES, 14, 2).grid == Grid(2, 1)
+    assert make_plan(Size(5000, 5000), SLICES, 14, 2, max_slices=2).grid == Grid(2, 1)
+
+
+def test_no_side_is_below_one_multiple():
+    plan = make_plan(Size(10, 1000), SlicingConfig(scale_resolution=112), 14, 2)
+    assert plan.thumbnail.size == Size(56, 1120) and plan.thumbnail.visual_tokens == 20
+
+
 def test_one_slice_allowed_means_no_slices():
     plan = make_plan(Size(3000, 2000), SLICES, 14, 2, max_slices=1)
     assert plan.grid == Grid(0, 0) and plan.slice is None

@@ -71,6 +71,7 @@ def test_a_title_of_any_length_fits():
     image = np.zeros((50, 50, 3), np.uint8)
     short, long = draw_slices(image, plan, "a.png"), draw_slices(image, plan, "line\n" * 300 + "x" * 10_000)
     assert short.size == long.size
+    assert (np.asarray(long)[:, -40:] == WHITE).all()
     assert draw_slices(image, plan).height < short.height
 
 

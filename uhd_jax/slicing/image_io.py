@@ -82,7 +82,7 @@ def _opened(source: Source, limits: ImageLimits) -> Iterator[Image.Image]:
             if isinstance(source, Image.Image):
                 image = source
             elif isinstance(source, np.ndarray):
-                image = _from_array(source, limits)
+                image = _from_array(source)
             else:
                 file = stack.enter_context(_binary_file(source, limits))
                 image = stack.enter_context(Image.open(file, formats=FORMATS))
@@ -145,12 +145,11 @@ def _check_bytes(count: int, limits: ImageLimits) -> None:
         raise ImageRefused(f"has more than max_bytes={limits.max_bytes} bytes; shrink the image")
 
 
-def _from_array(array: np.ndarray, limits: ImageLimits) -> Image.Image:
+def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
         raise ImageRefused(
             f"{array.dtype}{list(array.shape)} is not an image; give uint8 of shape [H, W], [H, W, 3] or [H, W, 4]"
         )
-    check_size(Size(*array.shape[:2]), limits)
     return Image.fromarray(array)
 
 
