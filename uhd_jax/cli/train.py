@@ -24,15 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, config: RunConfig | None) -> int:
     """Trains; the status says how it ended."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask absl, which does not parse this command line
     import jax
 
     from uhd_jax import __version__, checkpoint
-    from uhd_jax.data.pipeline import make_batches
     from uhd_jax.data.tokenizer import load_tokenizer
+    from uhd_jax.training.batches import make_batches
     from uhd_jax.training.loop import train
 
     workdir = Path(arguments.workdir)
@@ -42,8 +38,12 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> int:
         (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
         tokenizer.save(workdir / "tokenizer")
     summary = workdir / "trained.json"
-    summary.unlink(missing_ok=True)
-    result = train(config, workdir, make_batches)
+
+    def opened(config: RunConfig, stage_index: int):
+        summary.unlink(missing_ok=True)  # not earlier: a run that is refused leaves the folder as it was
+        return make_batches(config, stage_index)
+
+    result = train(config, workdir, opened)
     if result.finished:
         device = jax.devices()[0]
         write_json(

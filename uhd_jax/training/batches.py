@@ -1,0 +1,42 @@
+"""The data of a stage, as the training loop takes it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from uhd_jax.batch import Batch
+from uhd_jax.config import RunConfig
+from uhd_jax.data.pipeline import BatchIterator, make_iterator
+from uhd_jax.data.sources import make_source
+
+
+@contextlib.contextmanager
+def make_batches(config: RunConfig, stage_index: int) -> Iterator[StageBatches]:
+    """Opens the source of a stage; this process gets its own part of every batch."""
+    stage = config.train.stages[stage_index]
+    source = make_source(stage.data, config.model.slicing.limits)
+    process = (jax.process_index(), jax.process_count())
+    batches = make_iterator(stage, config.model, config.train, source, process=process)
+    try:
+        yield StageBatches(batches)
+    finally:
+        batches.close()
+
+
+class StageBatches:
+    """The pipeline's batches with what is to be logged about each as plain numbers."""
+
+    def __init__(self, batches: BatchIterator):
+        self._batches = batches
+        self.get_state = batches.get_state
+        self.set_state = batches.set_state
+
+    def __next__(self) -> tuple[Batch, Mapping[str, Any]]:
+        """The next batch, with the epoch, numbers of samples and images, and the counters of dropped samples."""
+        batch, info = next(self._batches)
+        numbers = {"epoch": info.epoch, "samples": info.samples, "images": info.images, "waiting": info.waiting}
+        return batch, numbers | dict(info.counters)
