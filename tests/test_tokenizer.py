@@ -1,3 +1,5 @@
+"""The tokenizer: bytes as ids, marks that text cannot fake, streaming without half characters."""
+
 import json
 import pickle
 from pathlib import Path
@@ -74,7 +76,11 @@ def test_missing_mark_names_tokenizer_and_mark(tokenizer):
 
 def test_save_load_and_pickle_give_the_same_tokenizer(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    for other in (load_tokenizer(tmp_path), load_tokenizer(tmp_path / "tokenizer.json"), pickle.loads(pickle.dumps(tokenizer))):
+    for other in (
+        load_tokenizer(tmp_path),
+        load_tokenizer(tmp_path / "tokenizer.json"),
+        pickle.loads(pickle.dumps(tokenizer)),
+    ):
         assert other.encode("<image>" + TEXT) == tokenizer.encode("<image>" + TEXT)
         assert other.vocab_size == tokenizer.vocab_size
         assert other.special("<think>") == tokenizer.special("<think>")

@@ -39,7 +39,7 @@ class Tokenizer:
         try:
             content = json.loads(definition)
             added = content["added_tokens"]
-            # Only tokens flagged special are neutralised by the library; think tags usually are not, but they steer too.
+            # Only tokens flagged special are neutralised by the library; think tags usually are not, but they steer.
             content["added_tokens"] = [token | {"special": _is_mark(token)} for token in added]
             self._library = tokenizers.Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # the library raises plain Exception
@@ -67,7 +67,9 @@ class Tokenizer:
           TokenizerError: the tokenizer has no such mark.
         """
         if text not in self._marks:
-            raise TokenizerError(f"tokenizer {self.name}: has no special token {text!r}; add it or change config.model.chat")
+            raise TokenizerError(
+                f"tokenizer {self.name}: has no special token {text!r}; add it or change config.model.chat"
+            )
         return self._marks[text]
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:

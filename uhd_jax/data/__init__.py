@@ -1,0 +1,1 @@
+"""From records and pages to packed batches: chat, packing, buckets and the input pipeline."""
