@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 def get_config(variant="plain"):
     stage = dict(
-        name="only", data=dict(source="digit_pages", options=dict(task="cell")), steps=3, rows=2, packed_length=64,
+        name="only", data=dict(source="digit_pages", options=dict(task="cell")), steps=3, rows=8, packed_length=64,
         learning_rate=1e-3, learning_rate_min=1e-4, trainable=("tower", "decoder"),
     )
     config = ConfigDict(dict(
@@ -237,15 +237,17 @@ def test_slices_refuses_files(capsys, tmp_path, image_file, content):
 
 
 def test_values_are_replaced_and_typed(config_file):
-    config = configs.load([
-        f"--config={config_file}:other",
-        "--config.train.stages[0].steps=7",
-        "--config.train.stages[0].learning_rate=1",
-        "--config.train.stages[0].trainable=('decoder',)",
-        "--config.train.stages[0].data.options.task=page",
-        "--config.train.seed=5",  # not mentioned in the file
-        "--config.model.scan_layers=false",
-    ])
+    config = configs.load(
+        [
+            f"--config={config_file}:other",
+            "--config.train.stages[0].steps=7",
+            "--config.train.stages[0].learning_rate=1",
+            "--config.train.stages[0].trainable=('decoder',)",
+            "--config.train.stages[0].data.options.task=page",
+            "--config.train.seed=5",  # not mentioned in the file
+            "--config.model.scan_layers=false",
+        ]
+    )
     stage = config.train.stages[0]
     assert (config.name, stage.steps, stage.trainable, stage.data.options["task"]) == ("other", 7, ("decoder",), "page")
     assert (stage.learning_rate, type(stage.learning_rate)) == (1.0, float)
@@ -463,3 +465,43 @@ def test_generate_streams_or_prints_json(capsys, monkeypatch, tmp_path):
     out = call(capsys, *argv, "--json", f"--out={tmp_path / 'answer.json'}")[1]
     assert json.loads(out) == {"prompt": "What?", "images": ["a.png", "b.png"], "answer": "four two"}
     assert json.loads((tmp_path / "answer.json").read_text()) == json.loads(out)
+
+
+# --- the whole way -----------------------------------------------------------------------------------------------
+
+
+def test_train_then_answer(capsys, config_file, image_file, tmp_path):
+    workdir = tmp_path / "run"
+    argv = ("train", f"--config={config_file}", f"--workdir={workdir}", "--config.model.dtype=float32")
+    assert call(capsys, *argv)[0] == 0
+    trained = json.loads((workdir / "trained.json").read_text())
+    assert (trained["name"], trained["steps"], trained["seed"]) == ("plain", 3, 0)
+
+    # Another configuration is refused and leaves the finished run as it was.
+    status, _, err = call(capsys, *argv, "--config.train.seed=1")
+    assert status == 1 and "train.seed" in err.splitlines()[-1]
+    assert json.loads((workdir / "trained.json").read_text()) == trained
+
+    # More steps continue the run.
+    assert call(capsys, *argv, "--config.train.stages[0].steps=4")[0] == 0
+    assert json.loads((workdir / "trained.json").read_text())["steps"] == 4
+
+    ask = ("generate", f"--checkpoint={workdir}", "--prompt=?", "--max-new-tokens=3", "--max-slices=1")
+    status, out, _ = call(capsys, *ask, f"--image={image_file}", "--json")
+    assert status == 0
+    assert set(json.loads(out)) == {"prompt", "images", "answer"}
+
+    status, _, err = call(capsys, *ask, "--image=missing.png")
+    assert status == 1 and "missing.png" in err.splitlines()[-1]
+
+
+def test_generate_without_a_model(capsys, tmp_path):
+    status, _, err = call(capsys, "generate", f"--checkpoint={tmp_path}", "--prompt=?")
+    assert status == 1
+    assert_one_line(err, str(tmp_path))
+
+
+def test_train_names_a_source_that_does_not_exist(capsys, config_file, tmp_path):
+    argv = ("train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}")
+    status, _, err = call(capsys, *argv, "--config.train.stages[0].data.source=dreams")
+    assert status == 1 and "'dreams'" in err.splitlines()[-1]
