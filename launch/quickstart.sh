@@ -168,4 +168,4 @@ fi
 step "report" "$OUT/report.json" uhd report "$OUT"
 
 say "Everything is in $OUT"
-cat "$OUT/report.json"
+[ "$WORKED" = 1 ] || cat "$OUT/report.json"
