@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "uhd_jax"
 FLOORS = {
     "cli": 7,
-    **dict.fromkeys(("analysis", "serving", "evaluation"), 6),
+    **dict.fromkeys(("analysis", "evaluation"), 6),
     **dict.fromkeys(("training", "generation"), 5),
     "models": 4,
     **dict.fromkeys(("convert", "data", "cost"), 3),
@@ -205,3 +205,9 @@ def test_requirements_are_exactly_what_is_imported():
     owners = {top: {normal(owner) for owner in distributions.get(top, [])} for top in tops - {PACKAGE}}
     assert [top for top in owners if top not in sys.stdlib_module_names and not owners[top] & declared] == []
     assert declared - set().union(*owners.values()) == set()
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
