@@ -27,6 +27,8 @@ def write(path, text="x"):
         file.write(text)
 
 if command == "train":
+    busy = os.path.join(out, "busy")
+    os.close(os.open(busy, os.O_CREAT | os.O_EXCL))  # two at work in one folder would spoil each other's checkpoints
     saved = os.path.join(out, "saved")
     step, stop = int(open(saved).read()) if os.path.exists(saved) else 0, []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
@@ -35,6 +37,7 @@ if command == "train":
         step += 1
         write(os.path.join(out, "metrics.jsonl"))
     write(saved, str(step))
+    os.remove(busy)
     if step == 5:
         write(os.path.join(out, "trained.json"))
 elif command == "evaluate":
