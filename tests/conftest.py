@@ -5,6 +5,7 @@ import os
 import jax
 import pytest
 from absl import flags
+from jax.experimental.compilation_cache import compilation_cache
 
 # Tests compare numbers made on CPU, also where an accelerator is present.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,3 +29,15 @@ def unoptimised():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """For modules that compile the same programs again and again: keeps them in a folder, which it returns."""
+    folder = str(tmp_path_factory.mktemp("programs"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    yield folder
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()

@@ -78,6 +78,12 @@ class RandomBatches:
     number: int = 0
     buckets: tuple[Bucket, ...] = (BUCKET, BUCKET, dataclasses.replace(BUCKET, tokens=24))
 
+    def __enter__(self) -> RandomBatches:
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
     def __next__(self) -> tuple[Batch, dict[str, float]]:
         made = batch(self.number, self.buckets[self.number % len(self.buckets)])
         self.number += 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from uhd_jax import __version__
 from uhd_jax.config import ModelConfig, RunConfig, from_config_dict, to_dict
 
 ITEMS = ("params", "training", "iterator", "meta")
@@ -55,14 +55,6 @@ class Restored:
     training: Any
     iterator: dict[str, Any]
     meta: dict[str, Any]
-
-
-def package_version() -> str:
-    """Version of the installed package; "unknown" when it runs from a source tree that was not installed."""
-    try:
-        return importlib.metadata.version("uhd-jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def differing_keys(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -244,7 +236,7 @@ def save_model(directory: str | os.PathLike[str], params: Any, config: ModelConf
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(directory / "params", params, force=True)
         partial = directory / (MODEL_FILE + ".partial")
-        partial.write_text(json.dumps({"model": to_dict(config), "version": package_version()}, indent=2) + "\n")
+        partial.write_text(json.dumps({"model": to_dict(config), "version": __version__}, indent=2) + "\n")
         partial.replace(directory / MODEL_FILE)
     except Exception as error:
         raise CheckpointError(_cannot_write(directory, error)) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import threading
@@ -16,13 +17,12 @@ from typing import Any, Protocol, TextIO
 import jax
 from jax.sharding import Mesh
 
-from uhd_jax import cost
+from uhd_jax import __version__, cost
 from uhd_jax.batch import Batch
 from uhd_jax.checkpoint import (
     Checkpointer,
     load_model,
     load_model_config,
-    package_version,
     require_same_config,
     require_same_model,
 )
@@ -41,7 +41,7 @@ from uhd_jax.training.metrics import (
     to_number,
 )
 from uhd_jax.training.optimizer import make_optimizer
-from uhd_jax.training.state import TrainState, abstract_state, draw_params, enter_stage, first_state
+from uhd_jax.training.state import TrainState, abstract_state, draw_params, enter_stage, first_state, shardings_of
 from uhd_jax.training.step import CompiledSteps, make_train_step
 
 MAX_IN_FLIGHT = 1  # steps dispatched and not yet read back while the next one is prepared
@@ -153,6 +153,7 @@ class _Pending:
     info: Mapping[str, Any]
     fill: Fill
     wait_seconds: float
+    compilations: int
 
 
 class _Run:
@@ -168,7 +169,8 @@ class _Run:
         )
         for stage in config.train.stages:
             check_rows(stage.rows, stage.accumulation, mesh)
-        self.init_params = lambda key: uhd.init_params(config.model, key)
+        self.init_params = functools.partial(uhd.init_params, config.model)
+        self.abstract_params = jax.eval_shape(self.init_params, jax.random.key(0))
         self.peak = cost.peak_flops(mesh.devices.flatten().tolist(), config.train.peak_flops)
         self.saved_step: int | None = None
         self.start, self.seconds_before = time.monotonic(), 0.0
@@ -215,8 +217,7 @@ class _Run:
         return make_optimizer(self.config.train.optimizer, stage), stage.trainable
 
     def _target(self, index: int) -> TrainState:
-        abstract = jax.eval_shape(self.init_params, jax.random.key(0))
-        return abstract_state(abstract, *self._optimizer(index), self.mesh)
+        return abstract_state(self.abstract_params, *self._optimizer(index), self.mesh)
 
     def _start_or_resume(self) -> tuple[TrainState, int, dict[str, Any] | None]:
         """The state, the index of its stage, and the state of that stage's iterator (None for a new one)."""
@@ -228,7 +229,7 @@ class _Run:
                 require_same_model(init_from, load_model_config(init_from), self.config.model)
                 params, _ = load_model(init_from, lambda on_disk: target.params)
             else:
-                params = draw_params(self.init_params, seed, self.mesh)
+                params = draw_params(self.init_params, seed, shardings_of(target.params))
             return first_state(params, seed, *self._optimizer(0), target), 0, None
         meta = self.checkpointer.read_meta(step)
         require_same_config(self.workdir, meta["config"], self.config)
@@ -269,7 +270,9 @@ class _Run:
                 fill = Fill.of(batch, info)
                 state, metrics = steps(state, place_batch(batch, self.mesh))
                 step, stage_step = step + 1, stage_step + 1
-                too_many_bad = log.dispatched(_Pending(step, stage_step, metrics, info, fill, waited))
+                too_many_bad = log.dispatched(
+                    _Pending(step, stage_step, metrics, info, fill, waited, steps.compilations)
+                )
                 due = step % self.config.train.checkpoint_every == 0 or stage_step == stage.steps
                 if due or too_many_bad:
                     # Before the save: a step in the checkpoint must not be missing from the log after a kill.
@@ -296,7 +299,7 @@ class _Run:
             "step": step,
             "stage_step": int(state.stage_step),
             "elapsed_seconds": self._elapsed(),
-            "version": package_version(),
+            "version": __version__,
         }
         self.checkpointer.save(step, state.params, _beside_params(state), batches.get_state(), meta)
         self.saved_step = step
@@ -342,7 +345,7 @@ class _Log:
         if entry.step % train.log_every == 0 or entry.stage_step == self._stage.steps:
             record = {"stage": self._stage.name, "step": entry.step, "stage_step": entry.stage_step, **metrics}
             record |= self._meter.take(run.peak)
-            record |= {"compilations": self._steps.compilations, "compile_seconds": compile_seconds}
+            record |= {"compilations": entry.compilations, "compile_seconds": compile_seconds}
             record |= {f"data/{key}": to_number(value) for key, value in entry.info.items()}
             for writer in (*run.writers, run.console):
                 writer.write(record)

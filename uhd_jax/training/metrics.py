@@ -30,32 +30,25 @@ class Fill:
 
     used: Work = Work()
     room: Work = Work()
-    used_patches_of_views: int = 0  # room for patches in the slots that hold a view
     images: float = 0.0
 
     def __add__(self, other: Fill) -> Fill:
-        return Fill(
-            self.used + other.used,
-            self.room + other.room,
-            self.used_patches_of_views + other.used_patches_of_views,
-            self.images + other.images,
-        )
+        return Fill(self.used + other.used, self.room + other.room, self.images + other.images)
 
     @classmethod
     def of(cls, batch: Batch, info: Mapping[str, Any]) -> Fill:
         """Of one batch, still in NumPy; `info["images"]`, where given, is its number of images."""
-        used, bucket = batch_work(batch), batch.bucket
-        return cls(used, bucket_work(bucket), used.views * bucket.patches, float(info.get("images", 0)))
+        return cls(batch_work(batch), bucket_work(batch.bucket), float(info.get("images", 0)))
 
     def waste(self) -> dict[str, float]:
-        """Shares that are padding: of the slots, of the patches in used slots, of the tokens."""
+        """Shares of the arrays that are padding: of all slots, of all patches of all slots, of all tokens."""
 
         def share(used, room):
             return 1.0 - used / room if room else 0.0
 
         return {
             "padding_waste_slots": share(self.used.views, self.room.views),
-            "padding_waste_patches": share(self.used.patches, self.used_patches_of_views),
+            "padding_waste_patches": share(self.used.patches, self.room.patches),
             "padding_waste_tokens": share(self.used.tokens, self.room.tokens),
         }
 

@@ -67,10 +67,9 @@ def abstract_state(
     )
 
 
-def draw_params(init_params: Callable[[jax.Array], Any], seed: int, mesh: Mesh) -> Any:
+def draw_params(init_params: Callable[[jax.Array], Any], seed: int, shardings: Any) -> Any:
     """Random parameters, each drawn where it belongs: no whole tree on any device of a mesh."""
-    key = jax.random.key(seed)
-    return jax.jit(init_params, out_shardings=param_shardings(jax.eval_shape(init_params, key), mesh))(key)
+    return jax.jit(init_params, out_shardings=shardings)(jax.random.key(seed))
 
 
 def first_state(

@@ -70,7 +70,7 @@ def make_train_step(
 
         loss = loss_sum / weight_sum
         grads = jax.tree.map(lambda g: g / weight_sum, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         learning_rate = schedule(state.stage_step)
         updates, opt_state = transformation.update(grads, state.opt_state, trainable)

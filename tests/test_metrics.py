@@ -1,0 +1,115 @@
+"""Writers, console and meter."""
+
+import io
+import json
+
+import pytest
+import tiny
+from tensorboardX.proto.event_pb2 import Event
+
+from uhd_jax.cost import Work
+from uhd_jax.training.metrics import Console, Fill, JsonlWriter, Meter, TensorBoardWriter
+
+RECORD = {
+    "stage": "one",
+    "step": 3,
+    "loss": 0.1,
+    "learning_rate": 1e-4,
+    "grad_norm": 2.0,
+    "tokens_per_second": 10.0,
+    "images_per_second": 1.0,
+}
+
+
+def test_jsonl_keeps_floats_exactly_and_knows_no_nan(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonlWriter(path, 0)
+    third = 1 / 3
+    writer.write(RECORD | {"loss": third, "grad_norm": float("inf"), "learning_rate": float("nan")})
+    line = json.loads(path.read_text())  # without close: a kill would lose nothing
+    assert line["loss"] == third
+    assert line["grad_norm"] is None and line["learning_rate"] is None
+    writer.close()
+
+
+def test_jsonl_drops_what_will_be_done_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    writer = JsonlWriter(path, 2)
+    writer.write({"step": 3, "again": True})
+    writer.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+        {"step": 3, "again": True},
+    ]
+
+
+def tensorboard_events(folder):
+    (path,) = folder.iterdir()
+    data = path.read_bytes()
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        yield Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+
+
+def test_tensorboard_scalars_and_purge_on_resume(tmp_path):
+    writer = TensorBoardWriter(tmp_path, restored_step=2)
+    writer.write(RECORD)
+    writer.close()
+    events = list(tensorboard_events(tmp_path))
+    scalars = {value.tag: (event.step, value.simple_value) for event in events for value in event.summary.value}
+    assert scalars["loss"] == (3, pytest.approx(0.1))
+    assert set(scalars) == set(RECORD) - {"stage", "step"}
+    assert [event.step for event in events if event.session_log.status] == [3]  # hides older events from here on
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_plain_lines_off_a_terminal():
+    stream = io.StringIO()
+    console = Console(10, 2, stream)
+    console.step("one")
+    console.write(RECORD)
+    console.say("hello")
+    console.close()
+    assert stream.getvalue() == "one step 3/10  loss 0.1000  lr 1.00e-04  grad 2.00  10 tok/s  1.0 img/s\nhello\n"
+
+
+def test_a_bar_on_a_terminal():
+    stream = Terminal()
+    console = Console(10, 2, stream)
+    console.write(RECORD)
+    console.step("one")
+    console.say("hello")
+    console.close()
+    shown = stream.getvalue()
+    assert "\r" in shown and "hello\n" in shown
+    assert "one" in shown.splitlines()[-1] and "loss 0.1000" in shown
+    assert "3/10" in shown
+
+
+def test_meter_sums_and_starts_anew():
+    meter = Meter()
+    fill = Fill.of(tiny.batch(0), {"images": 8})
+    assert fill.used.patches == 8 * 16 and fill.room.patches == 8 * 32
+    for _ in range(2):
+        meter.add(fill, flops=100.0, wait_seconds=0.5, seconds=2.0)
+    rates = meter.take(peak=1000.0)
+    assert rates["step_seconds"] == 2.0
+    assert rates["tokens_per_second"] == 2 * 8 * 14 / 4
+    assert rates["images_per_second"] == rates["views_per_second"] == 4.0
+    assert rates["data_wait_fraction"] == 0.25
+    assert rates["flop_utilisation"] == pytest.approx(200 / 4 / 1000)
+    assert rates["padding_waste_patches"] == rates["padding_waste_slots"] == 0.5
+    assert rates["padding_waste_tokens"] == pytest.approx(1 / 8)
+    assert meter.take(peak=1000.0)["tokens_per_second"] == 0.0
+
+
+def test_text_only_batches_waste_no_slots():
+    fill = Fill(Work(tokens=5), Work(tokens=10))
+    assert fill.waste() == {"padding_waste_slots": 0.0, "padding_waste_patches": 0.0, "padding_waste_tokens": 0.5}

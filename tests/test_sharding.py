@@ -1,0 +1,104 @@
+"""The mesh, and the table of rules over models of full and demo size."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec as P
+
+from uhd_jax.config import (
+    COMPRESSORS,
+    CompressorConfig,
+    ConnectorConfig,
+    DecoderConfig,
+    MeshConfig,
+    ModelConfig,
+)
+from uhd_jax.models import uhd
+from uhd_jax.sharding.mesh import ShardingError, make_mesh
+from uhd_jax.sharding.rules import RULES, check_rows, param_shardings, param_spec, place_batch, with_shardings
+
+FULL = ModelConfig(DecoderConfig(151_936, 4096, 12_288, 36, 32, 8, 128, qk_norm=True))
+QWEN2 = dataclasses.replace(FULL, decoder=dataclasses.replace(FULL.decoder, qk_norm=False, qkv_bias=True))
+MODELS = {
+    "full": FULL,
+    "qwen2, tied": dataclasses.replace(QWEN2, decoder=dataclasses.replace(QWEN2.decoder, tied_head=True)),
+    "post-ViT": dataclasses.replace(FULL, compressor=CompressorConfig("none"), connector=ConnectorConfig(rounds=2)),
+    "tiny": tiny.MODEL,
+} | {kind: dataclasses.replace(FULL, compressor=CompressorConfig(kind)) for kind in COMPRESSORS if kind != "none"}
+
+
+def abstract(model):
+    return jax.eval_shape(lambda key: uhd.init_params(model, key), jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exactly_one_rule_of_the_right_rank_for_every_parameter(name):
+    for path, leaf in flatten_dict(abstract(MODELS[name]), sep="/").items():
+        matching = [axes for pattern, axes in RULES if re.fullmatch(pattern, path)]
+        assert len(matching) == 1, (path, matching)
+        assert len(matching[0]) == len(leaf.shape), (path, leaf.shape, matching)
+
+
+def test_no_rule_is_useless():
+    paths = {path for model in MODELS.values() for path in flatten_dict(abstract(model), sep="/")}
+    for pattern, _ in RULES:
+        assert any(re.fullmatch(pattern, path) for path in paths), pattern
+
+
+def test_full_model_is_split_over_fsdp_and_tensor():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shardings = param_shardings(abstract(FULL), mesh)
+    assert shardings["decoder"]["layers"]["mlp"]["gate"]["kernel"].spec == P(None, "fsdp", "tensor")
+    assert shardings["decoder"]["layers"]["attention"]["out"]["kernel"].spec == P(None, "tensor", "fsdp")
+    assert shardings["decoder"]["embedding"].spec == P(None, "fsdp")
+    assert shardings["tower"]["layers"]["mlp"]["fc2"]["bias"].spec == P(None, None)
+    leaves = jax.tree.leaves(with_shardings(abstract(FULL), mesh))
+    on_one = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+    # Kernels are in four pieces, the two tables in two (the head in four).
+    assert on_one / sum(leaf.size for leaf in leaves) < 0.27
+
+
+def test_rules_speak_up():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    with pytest.raises(ShardingError, match="'decoder/surprise' is matched by 0 sharding rules"):
+        param_spec("decoder/surprise", (8, 8), mesh)
+    with pytest.raises(ShardingError, match=r"position_table' has shape \(8,\), but .*\('table', 'embed'\)"):
+        param_spec("tower/position_table", (8,), mesh)
+
+
+def test_a_dimension_that_does_not_divide():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    assert param_spec("tower/position_table", (4900, 12), mesh) == P(None, None)  # small: replicated
+    with pytest.raises(ShardingError, match=r"position_table' of shape \(4900, 1156\): mesh axis fsdp=8 .* 1156"):
+        param_spec("tower/position_table", (4900, 1156), mesh)
+
+
+def test_mesh_sizes():
+    assert dict(make_mesh(MeshConfig(data=-1, fsdp=2)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(fsdp=-1, data=1), jax.devices()[:3]).shape) == {"data": 1, "fsdp": 3, "tensor": 1}
+    assert make_mesh(MeshConfig()).axis_types == (jax.sharding.AxisType.Auto,) * 3
+    for config, message in [
+        (MeshConfig(data=3), "data=3xfsdp=1xtensor=1 does not fit 8 devices"),
+        (MeshConfig(data=-1, fsdp=3), "data=-1xfsdp=3xtensor=1 does not fit 8 devices"),
+        (MeshConfig(data=-1, fsdp=-1), "at most one may be -1"),
+        (MeshConfig(data=0), "must be positive"),
+    ]:
+        with pytest.raises(ShardingError, match=message):
+            make_mesh(config)
+
+
+def test_rows_over_data_and_fsdp():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    check_rows(16, 2, mesh)
+    with pytest.raises(ShardingError, match="rows=12 with accumulation=1 .* data=2 x fsdp=4 .* multiple of 8"):
+        check_rows(12, 1, mesh)
+    batch = tiny.batch(0)
+    placed = place_batch(batch, mesh)
+    assert placed.bucket == batch.bucket
+    assert placed.tokens.sharding.shard_shape(placed.tokens.shape) == (1, 16)
+    np.testing.assert_array_equal(placed.patches, batch.patches)
