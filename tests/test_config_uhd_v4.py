@@ -1,0 +1,41 @@
+"""The full-size configuration file."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from uhd_jax import cost
+from uhd_jax.config import ConfigError, from_config_dict
+
+FILE = Path(__file__).parents[1] / "configs" / "uhd_v4.py"
+
+
+def load(arg=""):
+    spec = importlib.util.spec_from_file_location("uhd_v4", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(module.get_config(arg))
+
+
+def test_the_published_model_in_four_stages():
+    config = load()
+    assert sum(cost.parameter_counts(config.model).values()) == 8_753_160_624
+    assert [stage.name for stage in config.train.stages] == ["stage1", "stage2", "stage3", "stage4"]
+    assert config.train.stages[1].trainable == ("tower", "patch_embedding", "position_table", "compressor")
+    assert config.train.stages[3].data.options == {"path": "data/stage4.jsonl"}
+    assert config.model.compressor.after_layer == 6
+    assert (config.train.optimizer.b2, config.train.optimizer.weight_decay) == (0.98, 0.01)
+
+
+def test_options():
+    (stage,) = load("recipe=released_script,stage1,data=/d,rows=8,step_scale=2").train.stages
+    assert stage.trainable == ("connector", "compressor", "position_table")
+    assert (stage.steps, stage.warmup_steps, stage.rows) == (4000, 2000, 8)
+    assert stage.data.options == {"path": "/d/stage1.jsonl"}
+
+
+@pytest.mark.parametrize("arg", ["stage5", "recipe", "colour=red", "recipe=best"])
+def test_unknown_options_are_named(arg):
+    with pytest.raises(ConfigError, match=arg.partition("=")[2] or arg):
+        load(arg)
