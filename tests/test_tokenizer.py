@@ -111,3 +111,12 @@ def test_streaming_of_garbage_equals_decoding_it_whole(tokenizer):
         decoder = StreamDecoder(tokenizer)
         text = "".join(decoder.push(token) for token in ids) + decoder.flush()
         assert text == tokenizer.decode(ids)
+
+
+def test_words_are_single_ids_but_no_marks():
+    tokenizer = byte_tokenizer(ChatConfig(words=("user\n", "How many ")))
+    assert tokenizer.vocab_size == byte_tokenizer().vocab_size + 2
+    assert len(tokenizer.encode("How many users?")) == 1 + len("users?")
+    assert tokenizer.decode(tokenizer.encode("user\nHow many 7s?")) == "user\nHow many 7s?"
+    with pytest.raises(TokenizerError, match="no special token 'user"):
+        tokenizer.special("user\n")

@@ -142,6 +142,7 @@ class ChatConfig:
     turn_start: str = "<|im_start|>"
     turn_end: str = "<|im_end|>"
     padding: str = "<|endoftext|>"
+    words: tuple[str, ...] = ()  # one id each in the built-in byte tokenizer, for short rows
     use_image_id: bool = True
     system: str = ""
     empty_think: bool = False  # an empty, untrained think block opens the last answer (MiniCPM-V Instruct)
@@ -176,6 +177,12 @@ class ModelConfig:
             "mode",
             "'16x' needs a compressor or connector.rounds=2; without either use mode='4x'",
         )
+
+    def at_resolution(self, scale_resolution: int) -> ModelConfig:
+        """The same model cutting images for another side of a square view in pixels; 0 keeps its own."""
+        if not scale_resolution:
+            return self
+        return dataclasses.replace(self, slicing=dataclasses.replace(self.slicing, scale_resolution=scale_resolution))
 
     def merge_levels(self, mode: str | None = None) -> int:
         """Number of 2x2 merges between patches and visual tokens: tokens = patches / 4**levels."""
@@ -220,6 +227,7 @@ class StageConfig:
     tower_learning_rate_factor: float = 1.0
     accumulation: int = 1  # micro-batches per step; divides rows
     max_slices: int = 9
+    scale_resolution: int = 0  # replaces slicing.scale_resolution during the stage; 0 keeps it
     sample_weight_power: float = 1.0  # 0.5: a sample of L trained tokens weighs L**0.5 (stage 4)
     slots: int = 0  # view slots per row; 0: chosen by the bucket planner
     buckets: tuple[BucketConfig, ...] = ()  # empty: chosen by the bucket planner
@@ -227,7 +235,8 @@ class StageConfig:
 
     def __post_init__(self):
         _require(self.steps > 0, "steps", "must be positive")
-        _require(self.rows % self.accumulation == 0, "accumulation", f"{self.accumulation} does not divide rows {self.rows}")
+        divides = self.rows % self.accumulation == 0
+        _require(divides, "accumulation", f"{self.accumulation} does not divide rows {self.rows}")
         for part in self.trainable:
             _require(part in PARTS, "trainable", f"{part!r} is not one of {PARTS}")
         _require(bool(self.trainable), "trainable", "names no part: nothing would be trained")

@@ -66,16 +66,15 @@ class DigitPagesOptions:
 class _Page(NamedTuple):
     """What stands on a page and what is asked about it."""
 
-    cells: np.ndarray  # int64[rows, cols]: index of the digit image; -1: empty
+    cells: np.ndarray  # int64[rows, cols]: index of the digit image
     turns: tuple[tuple[str, str], ...]  # questions and answers
 
 
 class DigitPages:
     """Pages of digits with questions and answers; page i is the same in every process and every run.
 
-    Tasks: "cell" one digit in one of the four cells of one view, answered by the digit; "view" one view of 2 x 2
-    digits, transcribed; "page" a sliced page, transcribed; "questions" short questions about a sliced page; "mixed"
-    both.
+    Tasks: "cell" a page of one cell, answered by its digit; "view" one view of 2 x 2 digits, transcribed; "page" a
+    sliced page, transcribed; "questions" short questions about a sliced page; "mixed" both of these.
     """
 
     def __init__(self, options: Mapping[str, Any] | None = None):
@@ -108,15 +107,14 @@ class DigitPages:
     def _page(self, index: int) -> _Page:
         options, rng = self.options, self._rng(index, 0)
         images, labels = split_digits(options.split), _digits()[1]
-        if options.task in ("cell", "view"):
+        if options.task == "cell":
+            cells = rng.choice(images, (1, 1))
+            return _Page(cells, ((TRANSCRIBE, str(labels[cells.item()])),))
+        if options.task == "view":
             grid = Grid(1, 1)
         else:
             grid = Grid(*options.shapes[rng.integers(len(options.shapes))])
         cells = rng.choice(images, (2 * grid.rows, 2 * grid.cols))
-        if options.task == "cell":
-            kept = rng.integers(4)
-            cells[np.arange(4).reshape(2, 2) != kept] = -1
-            return _Page(cells, ((TRANSCRIBE, str(labels[cells.flat[kept]])),))
         digits = labels[cells]
         asks = options.task == "questions" or (options.task == "mixed" and rng.random() < options.questions_fraction)
         if asks:
@@ -128,6 +126,12 @@ def split_digits(split: Literal["train", "held_out"]) -> np.ndarray:
     """Indices of the digit images of a split: int64[1400] or int64[397]; the two never share an image."""
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(_digits()[1]))
     return order[:TRAINING_DIGITS] if split == "train" else order[TRAINING_DIGITS:]
+
+
+def digit_frequencies(split: Literal["train", "held_out"]) -> np.ndarray:
+    """How often each digit occurs in a split: float64[10], summing to 1."""
+    labels = _digits()[1][split_digits(split)]
+    return np.bincount(labels, minlength=10) / len(labels)
 
 
 def transcription(digits: np.ndarray) -> str:
@@ -219,11 +223,11 @@ def _render(cells: np.ndarray, rng: np.random.Generator, augment: bool) -> np.nd
     source_x = glyph_pixel((sin + shear * cos) * wide, (cos - shear * sin) * wide)
     source_y *= _CANVAS
     source_y += source_x
-    source_y += (np.maximum(cells, 0).reshape(-1, 1, 1) * _CANVAS**2).astype(np.int32)
+    source_y += (cells.reshape(-1, 1, 1) * _CANVAS**2).astype(np.int32)
     ink = _glyphs().reshape(-1).take(source_y)
-    contrast = rng.uniform(90, 130) * rng.uniform(1 - 0.25 * bound, 1, count)
-    ink = ink * (-contrast / 255 * (cells.reshape(-1) >= 0)).astype(np.float32)[:, None, None]
+    contrast = rng.uniform(80, 110) * rng.uniform(1 - 0.25 * bound, 1, count)
+    ink = ink * (-contrast / 255).astype(np.float32)[:, None, None]
     page = ink.reshape(rows, cols, CELL, CELL).transpose(0, 2, 1, 3).reshape(rows * CELL, cols * CELL)
-    page += np.float32(rng.uniform(150, 205))
+    page += np.float32(rng.uniform(125, 150))
     page += rng.integers(-12, 13, page.shape, np.int8)
     return np.repeat(page.astype(np.uint8)[:, :, None], 3, axis=2)

@@ -112,7 +112,7 @@ class StreamDecoder:
 
 
 def byte_tokenizer(chat: ChatConfig | None = None) -> Tokenizer:
-    """The built-in tokenizer: id = byte for 0 to 255, then the strings of `chat` and the think tags; no merges."""
+    """The built-in tokenizer: id = byte for 0 to 255, then the marks of `chat`, the think tags and `chat.words`."""
     chat = chat or ChatConfig()
     marks = (
         *(chat.padding, chat.turn_start, chat.turn_end, chat.placeholder),
@@ -125,8 +125,8 @@ def byte_tokenizer(chat: ChatConfig | None = None) -> Tokenizer:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": 256 + i, "content": mark, "special": mark not in (THINK_START, THINK_END), **flags}
-            for i, mark in enumerate(dict.fromkeys(marks))
+            {"id": 256 + i, "content": text, "special": text in marks[:-2], **flags}
+            for i, text in enumerate(dict.fromkeys((*marks, *chat.words)))
         ],
         "normalizer": None,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},

@@ -64,7 +64,8 @@ class Assistant:
     def __init__(self, config: ModelConfig, params: Any, tokenizer: Tokenizer, max_length: int = 32_768):
         if tokenizer.vocab_size > config.decoder.vocab_size:
             raise ValueError(
-                f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the decoder only {config.decoder.vocab_size}"
+                f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, "
+                f"the decoder only {config.decoder.vocab_size}"
             )
         self.config = config
         self.params = params
@@ -91,9 +92,10 @@ class Assistant:
         parts = (*(ImagePart(i) for i in range(len(plans))), prompt)
         sample = encode_chat([Message("user", parts)], plans, self.tokenizer, self.config.chat, generate=True)
         if len(sample.tokens) > self.max_length:
+            visual = sum(plan.visual_tokens for plan in plans)
             raise PromptError(
-                f"the prompt has {len(sample.tokens)} tokens ({sum(p.visual_tokens for p in plans)} of them visual), more "
-                f"than max_length={self.max_length}; shorten it or lower max_slices"
+                f"the prompt has {len(sample.tokens)} tokens ({visual} of them visual), more than "
+                f"max_length={self.max_length}; shorten it or lower max_slices"
             )
         return Prepared(sample, self._views(pixels, plans))
 

@@ -123,8 +123,8 @@ def reuse_init(kind: str, layer: Any, fresh: Any) -> Any:
     """Start values of a compressor from the layer it follows (spec v4 section 2.5).
 
     With the four tokens of every window equal, the paper's module then computes exactly what `layer` computes on one
-    of them: W1 is block-diagonal in four copies of fc1, W2 is a quarter of four copies of fc2 side by side, the residual
-    is the window mean.
+    of them: W1 is block-diagonal in four copies of fc1, W2 is a quarter of four copies of fc2 side by side, and the
+    residual is the window mean.
 
     Args:
       kind: a compressor kind; those without reused weights are returned as they are.

@@ -20,7 +20,8 @@ def make_batches(config: RunConfig, stage_index: int) -> Iterator[StageBatches]:
     stage = config.train.stages[stage_index]
     source = make_source(stage.data, config.model.slicing.limits)
     process = (jax.process_index(), jax.process_count())
-    batches = make_iterator(stage, config.model, config.train, source, process=process)
+    model = config.model.at_resolution(stage.scale_resolution)
+    batches = make_iterator(stage, model, config.train, source, process=process)
     try:
         yield StageBatches(batches)
     finally:

@@ -1,0 +1,1 @@
+"""Scores: tasks with their metrics, every answer kept."""
