@@ -142,6 +142,26 @@ def test_frozen_parts_cost_no_backward_pass_and_the_formula_knows():
     assert compiled[tiny.ADAPTER] < 0.75 * compiled[tiny.EVERYTHING]
 
 
+def test_what_training_a_part_costs():
+    """Products with weights and in attention, in units of their forward pass, from the pixels to the logits."""
+    work = full_work(tiny.BUCKET)
+    stretches = cost.forward_stretches(tiny.MODEL, work)
+    parts = ("patch_embedding", "tower", "compressor", "tower", "connector", "decoder")
+    assert tuple(stretch.part for stretch in stretches) == parts
+    for trainable, weights, attention in [
+        (tiny.EVERYTHING, (2, 3, 3, 3, 3, 3), (0, 3, 3, 3, 0, 3)),
+        (tiny.ADAPTER, (1, 2, 3, 2, 3, 2), (0, 3, 3, 3, 0, 3)),
+        (("compressor",), (1, 1, 3, 2, 2, 2), (0, 1, 3, 3, 0, 3)),
+        (("patch_embedding",), (2, 2, 2, 2, 2, 2), (0, 3, 3, 3, 0, 3)),
+        (("decoder",), (1, 1, 1, 1, 1, 3), (0, 1, 1, 1, 0, 3)),
+    ]:
+        expected = sum(
+            2 * (times * stretch.weight_macs + attended * stretch.attention_macs)
+            for stretch, times, attended in zip(stretches, weights, attention, strict=True)
+        )
+        assert cost.train_flops(tiny.MODEL, work, trainable) == pytest.approx(expected), trainable
+
+
 def test_work_of_a_batch_leaves_padding_out():
     batch = tiny.batch(0)
     batch.segments[0, 5:14] = 2  # two samples, of 5 and 9 tokens

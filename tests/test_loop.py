@@ -175,6 +175,19 @@ def test_killed_and_resumed_has_the_same_losses_bit_for_bit(tmp_path, compiled_o
     assert losses(workdir) == losses(tmp_path / "whole")
 
 
+def test_no_step_is_in_a_checkpoint_before_it_is_in_the_log(tmp_path):
+    """Or a kill between the two would leave a gap."""
+
+    class Watching(tiny.RandomBatches):
+        def get_state(self):
+            seen.append((self.number, len(records(tmp_path))))
+            return super().get_state()
+
+    seen = []
+    run(tmp_path, batches=lambda *_: Watching())
+    assert seen == [(3, 3), (4, 4)]
+
+
 def test_the_log_ends_where_the_checkpoint_does(tmp_path):
     """Lines of steps that are done again, and a half-written one, do not stay."""
     run(tmp_path, tiny.run(**SOON, checkpoint_every=100), lambda *_: Interrupting(0, 1, signal.SIGTERM))

@@ -129,7 +129,6 @@ class Checkpointer:
         """Returns when everything is on disk; raises as `save`."""
         with self._writing():
             self._manager.wait_until_finished()
-            self._manager.check_for_errors()
 
     def close(self) -> None:
         """Waits, then lets go of the threads; raises as `save`."""
