@@ -50,11 +50,11 @@ def get_config(arg: str = "") -> ConfigDict:
             warmup_steps=20,
             max_slices=1,
         ),
-        _stage("pages", {"task": "page"}, steps=300, learning_rate=1.2e-3, warmup_steps=20, **pages),
+        _stage("pages", {"task": "page"}, steps=320, learning_rate=1.2e-3, warmup_steps=20, **pages),
         _stage(
             "questions",
             {"task": "mixed"},
-            steps=120,
+            steps=280,
             learning_rate=8e-4,
             warmup_steps=10,
             sample_weight_power=0.5,

@@ -1,0 +1,229 @@
+"""Properties of the whole model: what a sample's logits may and may not depend on, and equal ways to compute them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from uhd_jax.batch import Bucket
+from uhd_jax.config import (
+    ChatConfig,
+    CompressorConfig,
+    ConnectorConfig,
+    DecoderConfig,
+    ModelConfig,
+    SlicingConfig,
+    TowerConfig,
+)
+from uhd_jax.data.chat import ImagePart, Message, encode_chat
+from uhd_jax.data.packing import fill_batch
+from uhd_jax.data.tokenizer import byte_tokenizer
+from uhd_jax.models import uhd
+from uhd_jax.ops.losses import weighted_cross_entropy
+from uhd_jax.slicing.pixels import cut_views
+from uhd_jax.slicing.plan import Size, make_plan
+
+DECODERS = {
+    "llama": DecoderConfig(272, 32, 48, 2, 4, 4, 8, rope_theta=1e4),
+    "qwen2": DecoderConfig(272, 32, 48, 2, 4, 2, 8, qkv_bias=True, tied_head=True),
+    "qwen3": DecoderConfig(272, 32, 48, 2, 4, 2, 16, qk_norm=True),
+}
+CONFIG = ModelConfig(
+    decoder=DECODERS["qwen3"],
+    tower=TowerConfig(width=32, mlp_width=44, layers=3, heads=4, table_side=7),
+    compressor=CompressorConfig(after_layer=1),
+    slicing=SlicingConfig(scale_resolution=112),
+    dtype="float32",
+    loss_chunk=64,
+)
+TOKENIZER = byte_tokenizer()
+CHAT = ChatConfig()
+
+
+@functools.cache
+def _params(config: ModelConfig):
+    params = jax.jit(uhd.init_params, static_argnums=0)(config, jax.random.key(0))
+    keys = iter(jax.random.split(jax.random.key(1), 200))
+    # Away from the special start values, so that every parameter matters.
+    return jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(next(keys), leaf.shape), params)
+
+
+def _sample(seed: int, sizes: list[tuple[int, int]], text: str, answer: str, config: ModelConfig = CONFIG):
+    random = np.random.default_rng(seed)
+    levels = config.merge_levels()
+    plans = [make_plan(Size(*size), config.slicing, config.tower.patch_size, levels) for size in sizes]
+    views = [
+        view
+        for size, plan in zip(sizes, plans, strict=True)
+        for view in cut_views(random.integers(0, 256, (*size, 3), np.uint8), plan, config.tower.patch_size)
+    ]
+    parts = (*(ImagePart(i) for i in range(len(sizes))), text)
+    messages = [Message("user", parts), Message("assistant", (answer,))]
+    return encode_chat(messages, plans, TOKENIZER, CHAT), views
+
+
+SAMPLES = [
+    _sample(0, [(100, 300)], "What?", "This."),
+    _sample(1, [], "No image here", "Right"),
+    _sample(2, [(60, 40), (240, 130)], "Two", "Yes, two."),
+]
+
+_logits = jax.jit(uhd.logits, static_argnames=("config", "mode"))
+
+
+def _run(rows, bucket, config=CONFIG):
+    """Logits of every sample of a batch, in the order given."""
+    batch = fill_batch([[SAMPLES[i] for i in row] for row in rows], bucket, config.merge_levels())
+    logits = np.asarray(_logits(_params(config), batch, config))
+    out = {}
+    for number, row in enumerate(rows):
+        for segment, sample in enumerate(row, 1):
+            out[sample] = logits[number][batch.segments[number] == segment]
+    return out
+
+
+BUCKET = Bucket(rows=1, slots=10, tokens=288, patches=96, patch_dim=588)
+
+
+@pytest.mark.parametrize(
+    "rows, bucket",
+    [
+        ([[0], [1], [2]], dataclasses.replace(BUCKET, rows=3)),
+        ([[0, 1, 2]], BUCKET),
+        ([[2, 0, 1]], BUCKET),
+        ([[1], [2, 0]], dataclasses.replace(BUCKET, rows=4, slots=16, tokens=320, patches=128)),
+    ],
+    ids=["alone", "packed", "another order", "another bucket, empty rows"],
+)
+def test_logits_depend_on_the_sample_alone(rows, bucket):
+    expected = _run([[0], [1], [2]], dataclasses.replace(BUCKET, rows=3, tokens=256))
+    found = _run(rows, bucket)
+    for sample, logits in expected.items():
+        assert logits.shape == (len(SAMPLES[sample][0].tokens), 272)
+        np.testing.assert_allclose(found[sample], logits, atol=1e-5, rtol=0)
+
+
+def test_neighbours_are_really_there():
+    """The property above would hold of a model that ignores its images: pixels must matter, to their sample only."""
+    batch = fill_batch([SAMPLES], BUCKET, CONFIG.merge_levels())
+    before = np.asarray(_logits(_params(CONFIG), batch, CONFIG))[0]
+    patches = batch.patches.copy()
+    patches[0, 0] = 255 - patches[0, 0]  # a view of the first sample
+    after = np.asarray(_logits(_params(CONFIG), dataclasses.replace(batch, patches=patches), CONFIG))[0]
+    changed = np.abs(after - before).max(-1)
+    assert changed[batch.segments[0] == 1][-1] > 1e-3
+    np.testing.assert_allclose(changed[batch.segments[0] > 1], 0, atol=1e-6)
+
+
+@functools.cache
+def _loss_and_grads(config: ModelConfig):
+    batch = fill_batch([[SAMPLES[0], SAMPLES[1]], [SAMPLES[2]]], dataclasses.replace(BUCKET, rows=2), 2)
+
+    def loss(params):
+        total, weight = uhd.loss_sums(params, batch, config)
+        return total / weight
+
+    return jax.jit(jax.value_and_grad(loss))(_params(CONFIG))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scan_layers": False},
+        {"tower_remat": "none", "decoder_remat": "none"},
+        {"tower_remat": "dots", "decoder_remat": "dots"},
+        {"loss_chunk": 100_000},
+        {"loss_chunk": 1},
+    ],
+    ids=str,
+)
+def test_ways_to_compute_the_same(changes):
+    loss, grads = _loss_and_grads(CONFIG)
+    other_loss, other_grads = _loss_and_grads(dataclasses.replace(CONFIG, **changes))
+    np.testing.assert_allclose(other_loss, loss, atol=1e-5, rtol=0)
+    for a, b in zip(jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
+
+
+def test_loss_is_the_weighted_mean_over_whole_logits():
+    batch = fill_batch([[SAMPLES[0], SAMPLES[1]], [SAMPLES[2]]], dataclasses.replace(BUCKET, rows=2), 2, 0.5)
+    total, weight = uhd.loss_sums(_params(CONFIG), batch, CONFIG)
+    logits = _logits(_params(CONFIG), batch, CONFIG)[:, :-1]
+    expected = weighted_cross_entropy(logits, batch.tokens[:, 1:], batch.loss_weights[:, 1:])
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(weight, batch.loss_weights.sum(), rtol=1e-6)
+    trained = [sample.trained.sum() for sample, _ in SAMPLES]
+    np.testing.assert_allclose(weight, np.sqrt(trained).sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_cached_decode_equals_the_full_forward(kind):
+    """Prompts of different lengths and image counts, decoded together, token by token."""
+    config = dataclasses.replace(CONFIG, decoder=DECODERS[kind])
+    params = _params(config)
+    batch = fill_batch([[sample] for sample in SAMPLES], dataclasses.replace(BUCKET, rows=3, tokens=224), 2)
+    full = np.asarray(_logits(params, batch, config))
+    lengths = np.array([len(sample.tokens) for sample, _ in SAMPLES])
+    prompts = lengths - 6
+    cut = np.arange(224)[None] < prompts[:, None]
+    prompt = dataclasses.replace(
+        batch, segments=np.where(cut, batch.segments, 0), tokens=np.where(cut, batch.tokens, 0)
+    )
+    logits, cache = uhd.prefill(params, prompt, config, 240)
+    for step in range(6):
+        at = prompts + step
+        np.testing.assert_allclose(logits, full[range(3), at - 1], atol=1e-5, rtol=0, err_msg=f"step {step}")
+        tokens = jnp.asarray(batch.tokens[range(3), at])
+        logits, cache = uhd.decode_step(params, tokens, jnp.asarray(at), cache, config)
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    batch = fill_batch([[SAMPLES[0]]], BUCKET, 2)
+    exact, rough = _logits(_params(CONFIG), batch, CONFIG), _logits(_params(CONFIG), batch, config)
+    assert rough.dtype == jnp.float32
+    error = np.abs(np.asarray(exact - rough)).max()
+    assert 1e-4 < error < 0.2
+    grads = jax.grad(lambda p: uhd.loss_sums(p, batch, config)[0])(_params(CONFIG))
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+
+
+def test_views_of_any_grid_share_a_program():
+    encode = jax.jit(uhd.encode_views, static_argnames=("config", "mode"))
+    for grid in ((8, 8), (4, 16), (12, 4)):
+        encode(_params(CONFIG), np.zeros((2, 64, 588), np.uint8), np.array([grid, (0, 0)], np.int32), CONFIG)
+    assert encode._cache_size() == 1
+
+
+def test_both_modes_run_on_the_same_weights():
+    patches, grids = np.zeros((1, 64, 588), np.uint8), np.array([[8, 8]], np.int32)
+    shapes = {mode: uhd.encode_views(_params(CONFIG), patches, grids, CONFIG, mode).shape for mode in ("16x", "4x")}
+    assert shapes == {"16x": (1, 4, 32), "4x": (1, 16, 32)}
+
+
+def test_two_rounds_without_compressor():
+    config = dataclasses.replace(CONFIG, compressor=CompressorConfig("none"), connector=ConnectorConfig(rounds=2))
+    params = jax.jit(uhd.init_params, static_argnums=0)(config, jax.random.key(0))
+    assert "compressor" not in params["tower"] and set(params["connector"]) == {"round_0", "round_1"}
+    out = uhd.encode_views(params, np.zeros((1, 64, 588), np.uint8), np.array([[8, 8]], np.int32), config)
+    assert out.shape == (1, 4, 32)
+
+
+def test_room_that_is_no_multiple_is_refused():
+    with pytest.raises(ValueError, match="70 patches per view is not a multiple of 16"):
+        uhd.encode_views(_params(CONFIG), np.zeros((1, 70, 588), np.uint8), np.array([[8, 8]], np.int32), CONFIG)
+
+
+def test_full_size_parameters():
+    """The published sizes: SigLIP 2 with the compressor has 522,299,312 parameters, Qwen3-8B and connector the rest."""
+    config = ModelConfig(decoder=DecoderConfig(151_936, 4096, 12_288, 36, 32, 8, 128, qk_norm=True))
+    shapes = jax.eval_shape(lambda: uhd.init_params(config, jax.random.key(0)))
+    count = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in shapes.items()}
+    assert count["tower"] == 522_299_312
+    assert count["connector"] == 40_125_952
+    assert sum(count.values()) == 8_753_160_624
