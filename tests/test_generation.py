@@ -1,0 +1,165 @@
+"""Sampling, batches of unlike prompts, streaming, limits: the object a user holds, on a tiny random model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import uhd_jax
+from uhd_jax.checkpoint import save_model
+from uhd_jax.config import CompressorConfig, DecoderConfig, ModelConfig, SlicingConfig, TowerConfig
+from uhd_jax.data.tokenizer import byte_tokenizer
+from uhd_jax.generation.assistant import Assistant, PromptError, _room
+from uhd_jax.generation.decode import Sampling, choose_tokens
+from uhd_jax.models import uhd
+from uhd_jax.slicing.plan import ImageRefused
+
+CONFIG = ModelConfig(
+    decoder=DecoderConfig(272, 32, 48, 2, 4, 2, 8, qk_norm=True),
+    tower=TowerConfig(width=32, mlp_width=44, layers=2, heads=4, table_side=7),
+    compressor=CompressorConfig(after_layer=0),
+    slicing=SlicingConfig(scale_resolution=112),
+    dtype="float32",
+)
+WIDE = np.tile(np.arange(240, dtype=np.uint8)[None, :, None], (100, 1, 3))
+SMALL = np.full((40, 60, 3), 90, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    params = jax.jit(uhd.init_params, static_argnums=0)(CONFIG, jax.random.key(3))
+    params = jax.tree.map(lambda leaf: leaf * 1.0, params)
+    params["decoder"]["head"] *= 40  # far from uniform, so that answers differ from prompt to prompt
+    return Assistant(CONFIG, params, byte_tokenizer(), max_length=400)
+
+
+PROMPTS = ["Hello", "A much longer question about the picture before it?", "And two?"]
+IMAGES = [[], [WIDE], [SMALL, WIDE]]
+
+
+def test_a_batch_answers_as_each_prompt_alone(model):
+    together = model.generate(PROMPTS, IMAGES, max_new_tokens=10)
+    alone = [model.generate(p, images, max_new_tokens=10) for p, images in zip(PROMPTS, IMAGES, strict=True)]
+    assert together == alone
+    assert len(set(alone)) == 3
+
+
+def test_streamed_pieces_make_the_answer(model):
+    pieces = []
+    answer = model.generate(PROMPTS[1], IMAGES[1], max_new_tokens=12, stream=pieces.append)
+    assert "".join(pieces) == answer and len(pieces) > 1
+
+
+def test_sampling_is_reproducible_and_differs_by_seed(model):
+    def sample(seed, **options):
+        return model.generate(PROMPTS[0], max_new_tokens=12, temperature=1.5, seed=seed, **options)
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) > 1
+    greedy = model.generate(PROMPTS[0], max_new_tokens=12)
+    assert sample(1, top_k=1) == sample(2, top_k=1) == greedy
+    assert sample(1, top_p=1e-6) == greedy
+
+
+def test_frequencies_of_sampled_tokens():
+    probabilities = np.array([0.5, 0.3, 0.15, 0.05])
+    logits = jnp.tile(jnp.log(probabilities), (20_000, 1))
+
+    def frequencies(**options):
+        return np.bincount(np.asarray(choose_tokens(logits, Sampling(**options), 0)), minlength=4) / 20_000
+
+    np.testing.assert_allclose(frequencies(temperature=1.0), probabilities, atol=0.02)
+    np.testing.assert_allclose(frequencies(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], atol=0.02)
+    # 0.5 alone does not reach 0.6, so the second stays; the third begins at 0.8
+    np.testing.assert_allclose(frequencies(temperature=1.0, top_p=0.6), [0.625, 0.375, 0, 0], atol=0.02)
+    squared = probabilities**2 / (probabilities**2).sum()
+    np.testing.assert_allclose(frequencies(temperature=0.5), squared, atol=0.02)
+    np.testing.assert_array_equal(frequencies(), [1, 0, 0, 0])
+
+
+def test_a_rows_sample_does_not_depend_on_the_other_rows():
+    logits = jax.random.normal(jax.random.key(0), (5, 50))
+    sampling = Sampling(temperature=1.0, seed=7)
+    many, few = choose_tokens(logits, sampling, 3), choose_tokens(logits[:2], sampling, 3)
+    np.testing.assert_array_equal(many[:2], few)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}], ids=str)
+def test_impossible_sampling(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Sampling(**bad)
+
+
+def test_marks_in_a_prompt_are_text(model):
+    prepared = model.prepare("Where is <image> and <|image_pad|>?", [SMALL])
+    placeholder = model.tokenizer.special("<|image_pad|>")
+    assert (prepared.token_ids == placeholder).sum() == prepared.plans[0].visual_tokens
+    assert model.tokenizer.decode(prepared.token_ids).count("<|image_pad|>") == 1
+
+
+def test_prompts_that_cannot_be_answered(model, tmp_path):
+    with pytest.raises(PromptError, match="prompt has 5.. tokens .0 of them visual., more than max_length=400"):
+        model.prepare("x" * 500)
+    with pytest.raises(PromptError, match="max_new_tokens=390 exceed max_length=400"):
+        model.generate("Hello", max_new_tokens=390)
+    with pytest.raises(PromptError, match="2 prompts, but 1 lists of images"):
+        model.generate(["a", "b"], [[SMALL]])
+    with pytest.raises(PromptError, match="single prompt"):
+        model.generate(["a"], stream=print)
+    with pytest.raises(ImageRefused, match="nothing.png"):
+        model.generate("Hello", [tmp_path / "nothing.png"])
+    assert model.generate([]) == []
+
+
+def test_slice_limit_and_mode_of_a_request(model):
+    full, thumbnail = model.prepare("?", [WIDE]), model.prepare("?", [WIDE], max_slices=1)
+    assert len(full.views) > 1 == len(thumbnail.views)
+    np.testing.assert_array_equal(full.views[0], thumbnail.views[0])
+    assert len(model.prepare("?", [WIDE], mode="4x").token_ids) > len(full.token_ids)
+    assert isinstance(model.generate("?", [SMALL], mode="4x", max_new_tokens=3), str)
+
+
+def test_logits_continue_to_the_greedy_answer(model):
+    ids = model.prepare(PROMPTS[1], IMAGES[1]).token_ids
+    for _ in range(4):
+        ids = np.append(ids, model.logits(ids, IMAGES[1])[-1].argmax())
+    greedy = model.generate(PROMPTS[1], IMAGES[1], max_new_tokens=4)
+    assert model.tokenizer.decode(ids[-4:]) == greedy
+
+
+def test_similar_prompts_share_programs(model):
+    before = uhd.prefill._cache_size()
+    for text in ("abcdefgh", "ijklmnopq", "rstuv"):
+        model.generate(text, [SMALL], max_new_tokens=3)
+    assert uhd.prefill._cache_size() - before <= 1
+
+
+def test_rooms_are_few_and_near():
+    rooms = {_room(n) for n in range(1, 5000)}
+    assert len(rooms) < 100
+    assert all(n <= _room(n) <= n * 1.125 + 1 for n in range(1, 5000))
+    assert _room(0) == 0 and _room(3, 16) == 16
+
+
+def test_a_saved_model_answers_as_before(model, tmp_path):
+    Image.fromarray(WIDE).save(tmp_path / "wide.png")
+    save_model(tmp_path / "model", model.params, CONFIG)
+    (tmp_path / "model" / "tokenizer").mkdir()
+    model.tokenizer.save(tmp_path / "model" / "tokenizer")
+    loaded = uhd_jax.load(tmp_path / "model")
+    question = "What is it?"
+    assert loaded.config == CONFIG
+    assert loaded.generate(question, [tmp_path / "wide.png"], max_new_tokens=8) == model.generate(
+        question, [WIDE], max_new_tokens=8
+    )
+
+
+def test_a_tokenizer_too_large_for_the_decoder(model):
+    small = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, vocab_size=100))
+    with pytest.raises(ValueError, match="268 ids, the decoder only 100"):
+        Assistant(small, model.params, model.tokenizer)
