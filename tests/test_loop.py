@@ -19,6 +19,7 @@ import tiny
 import train_tiny
 
 from uhd_jax.checkpoint import Checkpointer, CheckpointError, ConfigMismatch, load_model, save_model
+from uhd_jax.config import MeshConfig
 from uhd_jax.models import uhd
 from uhd_jax.sharding.mesh import ShardingError
 from uhd_jax.training.loop import TrainingError, train
@@ -272,8 +273,11 @@ def test_rows_that_do_not_spread_are_refused_before_compiling(tmp_path):
         train(tiny.run([tiny.stage(rows=12)]), tmp_path, lambda *_: tiny.RandomBatches(), stream=io.StringIO())
 
 
-def test_eight_devices_train_to_the_same_losses(tmp_path, uninterrupted):
-    run(tmp_path, two_stages(), devices=8)
+def test_begun_on_eight_devices_and_resumed_on_one(tmp_path, uninterrupted):
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    run(tmp_path, two_stages(mesh=mesh), lambda _, index: Interrupting(100 * index, 100, signal.SIGTERM), devices=8)
+    assert len(losses(tmp_path)) == 5
+    run(tmp_path, two_stages())
     for (stage, step, loss), expected in zip(losses(tmp_path), losses(uninterrupted[0]), strict=True):
         assert (stage, step) == expected[:2]
         assert loss == pytest.approx(expected[2], rel=1e-5)

@@ -75,10 +75,9 @@ def test_accumulation_equals_one_big_batch(reference):
 
 @pytest.fixture(scope="module")
 def eight():
-    """A compiled step over eight devices, its first state, and its batch."""
+    """A compiled step over eight devices, its first state, and a way to place batches."""
     step, state, place = start(tiny.stage(accumulation=2), EIGHT)
-    batch = place(tiny.batch(0))
-    return step.lower(state, batch).compile(), state, batch
+    return step.lower(state, place(tiny.batch(0))).compile(), state, place
 
 
 def test_the_step_returns_the_shardings_of_the_state(eight):
@@ -93,11 +92,13 @@ def test_the_step_returns_the_shardings_of_the_state(eight):
 
 
 def test_eight_devices_equal_one(eight, reference):
-    compiled, state, batch = eight
-    state, metrics = compiled(state, batch)
+    compiled, state, place = eight
+    state, metrics = compiled(state, place(tiny.batch(0)))
     assert_close(metrics, reference[1])
     assert_close(state.opt_state[1].mu, reference[0].opt_state[1].mu)
     assert_close(state.params, reference[0].params)
+    state, metrics = compiled(state, place(tiny.batch(1)))  # what came out can go in
+    assert int(metrics["skipped_total"]) == 0
 
 
 def test_parameters_are_drawn_in_place_with_the_same_values():

@@ -94,6 +94,8 @@ def enter_stage(
         return dataclasses.replace(state, stage_step=jnp.zeros_like(state.stage_step), opt_state=opt_state)
 
     bare = dataclasses.replace(state, opt_state=())
+    for moments in jax.tree.leaves(state.opt_state):
+        moments.delete()  # before the new ones are made
     return jax.jit(enter, out_shardings=shardings_of(target), donate_argnums=0)(bare)
 
 

@@ -47,13 +47,15 @@ def make_train_step(
     """
     transformation = make_optimizer(optimizer, stage)
     schedule = make_schedule(stage)
+    # Left to itself the compiler may keep gradients, and with them sums of gradients, whole on every device.
+    gradient_shardings = split_params(shardings_of(target.params), stage.trainable)[0]
 
     def gradients(trainable, frozen, batch):
         def objective(trainable):
             return loss_sums(merge_params(trainable, frozen), batch)
 
         (loss_sum, weight_sum), grads = jax.value_and_grad(objective, has_aux=True)(trainable)
-        return loss_sum, weight_sum, grads
+        return loss_sum, weight_sum, jax.lax.with_sharding_constraint(grads, gradient_shardings)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable, frozen = split_params(state.params, stage.trainable)
@@ -99,7 +101,6 @@ def make_train_step(
         }
         return state, metrics
 
-    # Without the pin, gradients and with them the new parameters may come back unsharded over fsdp.
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(target), replicated(mesh)))
 
 
