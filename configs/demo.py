@@ -53,12 +53,12 @@ def get_config(arg: str = "") -> ConfigDict:
         _stage("pages", {"task": "page"}, steps=320, learning_rate=1.2e-3, warmup_steps=20, **pages),
         _stage(
             "questions",
-            {"task": "mixed"},
-            steps=280,
-            learning_rate=8e-4,
-            warmup_steps=10,
+            {"task": "mixed", "questions_per_page": 4, "questions_fraction": 0.6},
+            steps=450,
+            learning_rate=1.2e-3,
+            warmup_steps=20,
             sample_weight_power=0.5,
-            **pages,
+            **pages | {"packed_length": 256, "buckets": [{"slots": 14, "tokens": 256, "patches": 64}]},
         ),
     ]
     return ConfigDict(

@@ -25,7 +25,7 @@ def evaluate(model: Assistant, folder: Path) -> dict[str, Any]:
         place, over all digits of all pages; the same pages, once sliced as the model is configured, once as the
         thumbnail alone.
       chance: the share that the best constant answer gets, the commonest digit of the held-out split.
-      questions_with_slices, questions_thumbnail_only: share of questions answered exactly.
+      questions_with_slices, questions_thumbnail_only: share of questions (one per page) answered exactly.
       questions_chance: the share that the best constant answer to each kind of question gets.
       pages, digits: how many.
       answers: for every prompt the question, the expected answer and both answers.

@@ -13,7 +13,7 @@ import numpy as np
 
 from uhd_jax.batch import Batch, Bucket
 from uhd_jax.checkpoint import load_model
-from uhd_jax.config import ModelConfig
+from uhd_jax.config import ConfigError, ModelConfig
 from uhd_jax.convert import minicpmv
 from uhd_jax.data.chat import EncodedSample, ImagePart, Message, encode_chat
 from uhd_jax.data.packing import fill_batch
@@ -63,8 +63,8 @@ class Assistant:
 
     def __init__(self, config: ModelConfig, params: Any, tokenizer: Tokenizer, max_length: int = 32_768):
         if tokenizer.vocab_size > config.decoder.vocab_size:
-            raise ValueError(
-                f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, "
+            raise ConfigError(
+                f"model.decoder.vocab_size: tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, "
                 f"the decoder only {config.decoder.vocab_size}"
             )
         self.config = config
