@@ -2,6 +2,9 @@
 
 import io
 import json
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import tiny
@@ -113,3 +116,28 @@ def test_meter_sums_and_starts_anew():
 def test_text_only_batches_waste_no_slots():
     fill = Fill(Work(tokens=5), Work(tokens=10))
     assert fill.waste() == {"padding_waste_slots": 0.0, "padding_waste_patches": 0.0, "padding_waste_tokens": 0.5}
+
+
+def test_a_full_disk_is_a_typed_error_and_no_hang(tmp_path):
+    script = textwrap.dedent(
+        """
+        import resource, sys
+        from pathlib import Path
+        from uhd_jax.training.metrics import JsonlWriter, MetricsError, TensorBoardWriter
+
+        folder = Path(sys.argv[1])
+        writers = [JsonlWriter(folder / "metrics.jsonl", 0), TensorBoardWriter(folder / "tensorboard", 0)]
+        # No file may grow beyond 2 KiB: writes fail as they do on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        for writer in writers:
+            try:
+                for step in range(1000):
+                    writer.write({"step": step, "loss": 1.0})
+            except MetricsError as error:
+                print(error, "at", step)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    first, second = done.stdout.splitlines()[:2]
+    assert f"cannot write {tmp_path}/metrics.jsonl: File too large. Free some space" in first, done.stderr
+    assert f"cannot write {tmp_path}/tensorboard" in second

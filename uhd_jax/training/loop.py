@@ -112,6 +112,7 @@ def train(
       ShardingError: rows or parameters do not divide over the devices.
       ConfigMismatch: `workdir` holds a run of another config.
       CheckpointError: a checkpoint cannot be read or written.
+      MetricsError: the log cannot be written.
       TrainingError: `max_bad_steps` non-finite steps in a row, or a stage's data came to an end.
     """
     run = _Run(config, Path(workdir), make_batches, make_mesh(config.train.mesh, devices), stream)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from uhd_jax.batch import Batch
@@ -53,6 +57,21 @@ class Fill:
         }
 
 
+class MetricsError(RuntimeError):
+    """A metrics file cannot be written; the message names it and says what to do."""
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MetricsError(
+            f"cannot write {path}: {error.strerror or error}. Free some space or mend the folder's permissions, then "
+            f"start again: the run goes on from its last checkpoint"
+        ) from error
+
+
 class JsonlWriter:
     """One JSON object per line; a number that is not finite is written as null.
 
@@ -61,28 +80,32 @@ class JsonlWriter:
     """
 
     def __init__(self, path: Path, restored_step: int):
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:  # the line that was being written when the run was killed
-                    continue
-                if record["step"] <= restored_step:
-                    kept.append(line + "\n")
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
-        self._file = path.open("a")
+        self._path = path
+        with _writing(path):
+            kept = []
+            if path.exists():
+                for line in path.read_text().splitlines():
+                    try:
+                        record = json.loads(line)
+                    except json.JSONDecodeError:  # the line that was being written when the run was killed
+                        continue
+                    if record["step"] <= restored_step:
+                        kept.append(line + "\n")
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text("".join(kept))
+            os.replace(partial, path)
+            self._file = path.open("a")
 
     def write(self, record: Record) -> None:
-        """Appends a record; after this a kill of the process does not lose it."""
-        self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
-        self._file.flush()
+        """Appends a record; after this a kill of the process does not lose it. Raises MetricsError."""
+        with _writing(self._path):
+            self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file. Raises MetricsError."""
+        with _writing(self._path):
+            self._file.close()
 
 
 def _finite(value: Any) -> Any:
@@ -90,20 +113,35 @@ def _finite(value: Any) -> Any:
 
 
 class TensorBoardWriter:
-    """Scalars by step; events after the restored step are hidden on resume."""
+    """Scalars by step; events after the restored step are hidden on resume.
+
+    Writes in the caller's thread: the library's own writer thread dies of a full disk, and the training that waits for
+    it then hangs.
+    """
 
     def __init__(self, folder: Path, restored_step: int):
-        self._writer = SummaryWriter(str(folder), purge_step=restored_step + 1)
+        self._path = folder
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+            start = SessionLog(status=SessionLog.SessionStatus.START)
+            self._events.write_event(Event(wall_time=time.time(), step=restored_step + 1, session_log=start))
 
     def write(self, record: Record) -> None:
-        """Writes the record's numbers."""
-        for key, value in record.items():
-            if key != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(key, value, record["step"])
+        """Writes the record's numbers. Raises MetricsError."""
+        values = [
+            Summary.Value(tag=key, simple_value=value)
+            for key, value in record.items()
+            if key != "step" and isinstance(value, int | float)
+        ]
+        with _writing(self._path):
+            self._events.write_event(Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values)))
+            self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes the file."""
-        self._writer.close()
+        """Closes the file. Raises MetricsError."""
+        with _writing(self._path):
+            self._events.close()
 
 
 class Console:
