@@ -129,6 +129,8 @@ class Interrupting(tiny.RandomBatches):
     def __next__(self):
         if self.number == self.at:
             os.kill(os.getpid(), self.sent)
+            os.kill(os.getpid(), signal.SIGTERM)  # impatient managers send it again
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the next one ends the process
         return super().__next__()
 
 
@@ -144,6 +146,16 @@ def test_a_signal_saves_and_the_next_start_goes_on(tmp_path, uninterrupted, at, 
     result, shown = run(tmp_path, two_stages())
     assert result.finished and f"at step {step}" in shown
     assert losses(tmp_path) == losses(uninterrupted[0])
+
+
+def test_a_signal_before_the_first_step(tmp_path):
+    def open_batches(config, index):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return tiny.RandomBatches()
+
+    result, shown = run(tmp_path, batches=open_batches)
+    assert (result.step, result.finished, result.exit_status) == (0, False, 0)
+    assert "SIGTERM: nothing to save yet" in shown
 
 
 def in_another_process(workdir, steps, log_lines, sent, programs):

@@ -94,9 +94,9 @@ def train(
     """Trains through all stages, or on from the newest checkpoint in `workdir`.
 
     A checkpoint is written every `checkpoint_every` steps, at the end of each stage, on SIGTERM and on SIGINT (the
-    step in progress is finished first), and before giving up on non-finite losses. A second signal ends the process
-    at once; so may SIGKILL at any time: the run then continues from its last checkpoint, with the same losses as if
-    nothing had happened, bit for bit on CPU.
+    step in progress is finished first), and before giving up on non-finite losses. A SIGINT after that ends the
+    process at once; so may SIGKILL at any time: the run then continues from its last checkpoint, with the same losses
+    as if nothing had happened, bit for bit on CPU.
 
     Args:
       config: the run.
@@ -121,16 +121,15 @@ def train(
 
 
 class _Signals:
-    """Notes the first SIGTERM or SIGINT; the second one ends the process as if nobody had listened."""
+    """Notes the first SIGTERM or SIGINT. After it a SIGINT ends the process as if nobody had listened."""
 
     def __init__(self):
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
     def _note(self, number, frame):
-        self.received = number
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
+        self.received = self.received or number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
@@ -161,13 +160,8 @@ class _Run:
     """One call of `train`."""
 
     def __init__(self, config: RunConfig, workdir: Path, make_batches: MakeBatches, mesh: Mesh, stream: TextIO | None):
-        self.config, self.workdir, self.make_batches, self.mesh, self.stream = (
-            config,
-            workdir,
-            make_batches,
-            mesh,
-            stream,
-        )
+        self.config, self.workdir, self.mesh = config, workdir, mesh
+        self.make_batches, self.stream = make_batches, stream
         for stage in config.train.stages:
             check_rows(stage.rows, stage.accumulation, mesh)
         self.init_params = functools.partial(uhd.init_params, config.model)
@@ -203,8 +197,8 @@ class _Run:
             self.checkpointer.wait()
             finished = index == len(self.config.train.stages) - 1 and int(state.stage_step) >= self._config(index).steps
             if signals.received:
-                name = signal.Signals(signals.received).name
-                self.console.say(f"{name}: step {int(state.step)} is saved; start again to continue")
+                saved = "nothing to save yet" if self.saved_step is None else f"step {self.saved_step} is saved"
+                self.console.say(f"{signal.Signals(signals.received).name}: {saved}; start again to continue")
         return TrainResult(state, int(state.step), finished, signals.received, self._elapsed())
 
     def _elapsed(self) -> float:
