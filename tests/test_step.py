@@ -1,6 +1,8 @@
 """One step: accumulation, skipping, freezing, shardings, compilations, and 8 devices against 1."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
 
 def start(stage, mesh_config=ONE, loss_sums=tiny.loss_sums):
     """The step function, the first state, and a way to place batches."""
-    count = 8 if mesh_config is EIGHT else 1
+    count = 1 if mesh_config is ONE else 8
     mesh = make_mesh(mesh_config, jax.devices()[:count])
     optimizer = make_optimizer(OptimizerConfig(), stage)
     abstract = jax.eval_shape(tiny.init_params, jax.random.key(0))
@@ -184,3 +186,17 @@ def test_the_next_stage_keeps_parameters_and_forgets_moments():
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), params)
     assert set(state.opt_state[1].mu) == {"decoder"}
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(state.opt_state[1].mu))
+
+
+def test_devices_exchange_parameters_and_not_the_batch():
+    """Split over fsdp, a layer gathers its kernels; no device ever sees the activations of all rows."""
+    bucket = dataclasses.replace(tiny.BUCKET, tokens=64, patches=64)
+    step, state, place = start(tiny.stage(), MeshConfig(data=1, fsdp=8))
+    program = step.lower(state, place(tiny.batch(0, bucket))).compile().as_text()
+    sizes = [
+        math.prod(map(int, filter(None, shape.split(","))))
+        for result in re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|reduce-scatter)(?:-start)?\(", program)
+        for shape in re.findall(r"\w\[([\d,]*)\]", result)
+    ]
+    # The compressor's first kernel is the largest; all rows together are 8 x 64 x 32 in decoder and tower alike.
+    assert max(sizes) == state.params["tower"]["compressor"]["linear_1"]["kernel"].size == 64 * 96

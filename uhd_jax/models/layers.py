@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from uhd_jax.ops.attention import attention
+from uhd_jax.sharding.activations import over_rows
 
 Dtype = Any
 
@@ -127,15 +128,20 @@ def run_stack(
     Returns:
       The last carry, and the layers' outputs stacked on a leading axis.
     """
+
+    def placed(carry, layer):
+        return step(over_rows(carry), layer)
+
+    run = placed
     if remat != "none":
-        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+        run = jax.checkpoint(placed, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
     part = jax.tree.map(lambda leaf: leaf[start:stop], stacked)
     if scan:
-        return jax.lax.scan(step, carry, part)
+        return jax.lax.scan(run, carry, part)
     outputs = []
     for index in range(jax.tree.leaves(part)[0].shape[0]):
-        carry, output = step(carry, jax.tree.map(lambda leaf, i=index: leaf[i], part))
+        carry, output = run(carry, jax.tree.map(lambda leaf, i=index: leaf[i], part))
         outputs.append(output)
     if not outputs:
-        return jax.lax.scan(step, carry, part)  # no layers: scan knows the outputs' shapes
+        return jax.lax.scan(run, carry, part)  # no layers: scan knows the outputs' shapes
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)

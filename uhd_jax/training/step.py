@@ -52,7 +52,8 @@ def make_train_step(
 
     def gradients(trainable, frozen, batch):
         def objective(trainable):
-            return loss_sums(merge_params(trainable, frozen), batch)
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for `over_rows`
+                return loss_sums(merge_params(trainable, frozen), batch)
 
         (loss_sum, weight_sum), grads = jax.value_and_grad(objective, has_aux=True)(trainable)
         return loss_sum, weight_sum, jax.lax.with_sharding_constraint(grads, gradient_shardings)
