@@ -206,6 +206,17 @@ def test_both_modes_run_on_the_same_weights():
     assert shapes == {"16x": (1, 4, 32), "4x": (1, 16, 32)}
 
 
+def test_global_encoding_is_a_switch():
+    """The whole image as one view, in the same weights and the same kind of batch."""
+    whole = dataclasses.replace(CONFIG, slicing=dataclasses.replace(CONFIG.slicing, encoding="global"))
+    sliced, alone = (_sample(0, [(200, 300)], "What?", "This.", config) for config in (CONFIG, whole))
+    assert len(sliced[1]) > 1 == len(alone[1])
+    assert alone[0].plans[0].thumbnail.patch_grid.area > 2 * sliced[0].plans[0].thumbnail.patch_grid.area
+    bucket = Bucket(rows=1, slots=1, tokens=128, patches=320, patch_dim=588)
+    logits = _logits(_params(CONFIG), fill_batch([[alone]], bucket, 2), whole)
+    assert np.isfinite(logits).all()
+
+
 def test_two_rounds_without_compressor():
     config = dataclasses.replace(CONFIG, compressor=CompressorConfig("none"), connector=ConnectorConfig(rounds=2))
     params = jax.jit(uhd.init_params, static_argnums=0)(config, jax.random.key(0))
