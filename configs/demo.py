@@ -18,12 +18,12 @@ def get_config(arg: str = "") -> ConfigDict:
     """The demo; with "thumbnail", the same training on thumbnails alone."""
     if arg not in ("", "thumbnail"):
         raise ValueError(f"unknown argument {arg!r}; known: thumbnail")
-    max_slices = 1 if arg == "thumbnail" else 9
+    max_slices, slots = (1, 4) if arg == "thumbnail" else (9, 14)
     pages = {
         "packed_length": 192,
         "rows": 8,
         "max_slices": max_slices,
-        "buckets": [{"slots": 14, "tokens": 192, "patches": 64}],
+        "buckets": [{"slots": slots, "tokens": 192, "patches": 64}],
     }
     stages = [
         _stage(
@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
             learning_rate=1.2e-3,
             warmup_steps=20,
             sample_weight_power=0.5,
-            **pages | {"packed_length": 256, "buckets": [{"slots": 14, "tokens": 256, "patches": 64}]},
+            **pages | {"packed_length": 256, "buckets": [{"slots": slots, "tokens": 256, "patches": 64}]},
         ),
     ]
     return ConfigDict(
