@@ -36,6 +36,12 @@ def _require(condition: bool, key: str, message: str) -> None:
         raise ConfigError(f"{key}: {message}")
 
 
+def _require_at_least(config: Any, smallest: int, *keys: str) -> None:
+    for key in keys:
+        value = getattr(config, key)
+        _require(value >= smallest, key, f"must be at least {smallest}, not {value}")
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageLimits:
     """What an image file may be before it is decoded. Sizes in pixels unless said otherwise."""
@@ -58,8 +64,7 @@ class SlicingConfig:
     limits: ImageLimits = ImageLimits()
 
     def __post_init__(self):
-        _require(self.scale_resolution > 0, "scale_resolution", "must be positive")
-        _require(self.max_slices >= 1, "max_slices", "must be at least 1")
+        _require_at_least(self, 1, "scale_resolution", "max_slices", "max_view_patches")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +81,7 @@ class TowerConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
+        _require_at_least(self, 1, "width", "mlp_width", "layers", "heads", "patch_size", "table_side")
         _require(self.width % self.heads == 0, "heads", f"{self.heads} does not divide width {self.width}")
 
     @property
@@ -122,6 +128,7 @@ class DecoderConfig:
     tied_head: bool = False
 
     def __post_init__(self):
+        _require_at_least(self, 1, "vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads", "head_dim")
         _require(self.heads % self.kv_heads == 0, "kv_heads", f"{self.kv_heads} does not divide heads {self.heads}")
         _require(self.head_dim % 2 == 0, "head_dim", "must be even for rotary positions")
 
@@ -166,6 +173,7 @@ class ModelConfig:
     loss_chunk: int = 1024  # tokens whose logits exist at one time
 
     def __post_init__(self):
+        _require_at_least(self, 1, "loss_chunk")
         if self.compressor.kind != "none":
             _require(
                 0 <= self.compressor.after_layer < self.tower.layers,
@@ -234,7 +242,8 @@ class StageConfig:
     bucket_budget: int = 2  # programs the planner may ask for
 
     def __post_init__(self):
-        _require(self.steps > 0, "steps", "must be positive")
+        _require_at_least(self, 1, "steps", "rows", "packed_length", "accumulation", "max_slices", "bucket_budget")
+        _require_at_least(self, 0, "warmup_steps", "slots", "scale_resolution", "learning_rate", "learning_rate_min")
         divides = self.rows % self.accumulation == 0
         _require(divides, "accumulation", f"{self.accumulation} does not divide rows {self.rows}")
         for part in self.trainable:
@@ -282,6 +291,10 @@ class TrainConfig:
 
     def __post_init__(self):
         _require(len(self.stages) > 0, "stages", "is empty")
+        _require_at_least(
+            self, 1, "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps", "packing_window", "prefetch"
+        )
+        _require_at_least(self, 0, "data_workers", "peak_flops", "seed")
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), "stages", f"names repeat: {names}")
 
