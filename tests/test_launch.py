@@ -68,7 +68,14 @@ def quickstart(tmp_path, monkeypatch):
     def start(*argv):
         command = ["bash", str(LAUNCH / "quickstart.sh"), "--out", "out", *argv]
         return subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            # Tests started in the background of a script ignore SIGINT, and so would what they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def calls():
