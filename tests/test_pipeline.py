@@ -340,3 +340,9 @@ def test_a_batch_of_sixteen_pages_of_24_digits_takes_a_fraction_of_a_step():
     assert sum(info.samples for _, info in take(batches, 15)) == 15 * 16
     assert (time.process_time() - start) / 15 < 0.2
     batches.close()
+
+
+def test_a_tokenizer_with_more_ids_than_the_decoder_is_refused():
+    small = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, vocab_size=200))
+    with pytest.raises(ConfigError, match="vocab_size: tokenizer bytes has 268 ids, the decoder only 200"):
+        iterator(Numbered(), model=small)

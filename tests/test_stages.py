@@ -35,7 +35,7 @@ def test_split_and_merge_are_inverse():
 
 def test_training_nothing_is_refused():
     without = {"decoder": tiny.params()["decoder"]}
-    with pytest.raises(ValueError, match="no parameters in the trainable parts"):
+    with pytest.raises(ValueError, match="no parameters in the parts"):
         split_params(without, ("compressor",))
 
 

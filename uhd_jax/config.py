@@ -292,9 +292,9 @@ class TrainConfig:
     def __post_init__(self):
         _require(len(self.stages) > 0, "stages", "is empty")
         _require_at_least(
-            self, 1, "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps", "packing_window", "prefetch"
+            self, 1, "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps", "packing_window"
         )
-        _require_at_least(self, 0, "data_workers", "peak_flops", "seed")
+        _require_at_least(self, 0, "prefetch", "data_workers", "peak_flops", "seed")
         names = [stage.name for stage in self.stages]
         _require(len(set(names)) == len(names), "stages", f"names repeat: {names}")
 

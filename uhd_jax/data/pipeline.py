@@ -86,10 +86,16 @@ def make_iterator(
       process: index and count of hosts. Every host plans all rows and renders its own part of them.
 
     Raises:
-      ConfigError: buckets that contradict the stage, or rows that the hosts cannot share.
+      ConfigError: buckets that contradict the stage, rows that the hosts cannot share, or a decoder with fewer ids
+        than the tokenizer.
       PipelineError: no usable sample in the source.
     """
     tokenizer = tokenizer or load_tokenizer(model.chat.tokenizer, model.chat)
+    if tokenizer.vocab_size > model.decoder.vocab_size:  # a larger id would read another token's embedding
+        raise ConfigError(
+            f"model.decoder.vocab_size: tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, "
+            f"the decoder only {model.decoder.vocab_size}"
+        )
     return BatchIterator(WindowPlanner(stage, model, train, source, tokenizer), train, process)
 
 

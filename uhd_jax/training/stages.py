@@ -43,12 +43,12 @@ def split_params(params: Mapping[str, Any], trainable: Sequence[str]) -> tuple[d
     """Splits a parameter tree (of any leaves) into the trees of trainable and of frozen parameters.
 
     Raises:
-      ValueError: the model has none of the trainable parts.
+      ConfigError: the model has none of the trainable parts.
     """
     flat = flatten_dict(params, sep="/")
     chosen = {path: leaf for path, leaf in flat.items() if part_of(path) in trainable}
     if not chosen:
-        raise ValueError(f"this model has no parameters in the trainable parts {tuple(trainable)}")
+        raise ConfigError(f"trainable: this model has no parameters in the parts {tuple(trainable)}")
     frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
     return unflatten_dict(chosen, sep="/"), unflatten_dict(frozen, sep="/")
 
