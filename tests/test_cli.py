@@ -505,3 +505,15 @@ def test_train_names_a_source_that_does_not_exist(capsys, config_file, tmp_path)
     argv = ("train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}")
     status, _, err = call(capsys, *argv, "--config.train.stages[0].data.source=dreams")
     assert status == 1 and "'dreams'" in err.splitlines()[-1]
+
+
+def test_a_result_never_replaces_what_is_no_regular_file(tmp_path):
+    from uhd_jax.cli.common import write_json
+
+    target, link = tmp_path / "real.json", tmp_path / "link.json"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_json(link, {"a": 1})
+    assert link.is_symlink() and json.loads(target.read_text()) == {"a": 1}
+    write_json("/dev/null", {"a": 1})
+    assert Path("/dev/null").is_char_device()

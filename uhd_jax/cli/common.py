@@ -58,8 +58,14 @@ def fraction(text: str) -> float:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path that becomes `path` at the end: a result is whole or not there, never half."""
-    path = Path(path)
+    """Yields a temporary path that becomes `path` at the end: a result is whole or not there, never half.
+
+    A link is followed. A device or pipe, such as /dev/stdout, is written to: replacing it would destroy it.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        yield path
+        return
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
