@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -515,5 +516,9 @@ def test_a_result_never_replaces_what_is_no_regular_file(tmp_path):
     link.symlink_to(target)
     write_json(link, {"a": 1})
     assert link.is_symlink() and json.loads(target.read_text()) == {"a": 1}
-    write_json("/dev/null", {"a": 1})
-    assert Path("/dev/null").is_char_device()
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR)  # so that writing does not wait for a reader
+    write_json(pipe, {"a": 1})
+    assert pipe.is_fifo() and json.loads(os.read(reader, 100)) == {"a": 1}
+    os.close(reader)
