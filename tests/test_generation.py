@@ -113,6 +113,9 @@ def test_prompts_that_cannot_be_answered(model, tmp_path):
         model.generate(["a"], stream=print)
     with pytest.raises(ImageRefused, match="nothing.png"):
         model.generate("Hello", [tmp_path / "nothing.png"])
+    for one in (WIDE, "wide.png", Image.fromarray(WIDE)):
+        with pytest.raises(PromptError, match="for one image write images="):
+            model.generate("Hello", one)
     assert model.generate([]) == []
 
 

@@ -87,7 +87,7 @@ class Assistant:
           ImageRefused: an image cannot be used.
           PromptError: the prompt is too long.
         """
-        pixels = [open_image(image, self.config.slicing.limits) for image in images]
+        pixels = self._open(images)
         plans = [self._plan(image, max_slices, mode) for image in pixels]
         parts = (*(ImagePart(i) for i in range(len(plans))), prompt)
         sample = encode_chat([Message("user", parts)], plans, self.tokenizer, self.config.chat, generate=True)
@@ -103,7 +103,7 @@ class Assistant:
         self, images: Sequence[Image], *, max_slices: int | None = None, mode: str | None = None
     ) -> list[np.ndarray]:
         """Visual tokens of each image: float32[visual tokens, D], thumbnail first, then slices in raster order."""
-        pixels = [open_image(image, self.config.slicing.limits) for image in images]
+        pixels = self._open(images)
         plans = [self._plan(image, max_slices, mode) for image in pixels]
         views = self._views(pixels, plans)
         if not views:
@@ -133,7 +133,7 @@ class Assistant:
         Raises:
           PromptError: the number of placeholders is not the number of the images' visual tokens.
         """
-        pixels = [open_image(image, self.config.slicing.limits) for image in images]
+        pixels = self._open(images)
         plans = [self._plan(image, max_slices, mode) for image in pixels]
         tokens = np.asarray(token_ids, np.int32)
         places = np.flatnonzero(tokens == self.tokenizer.special(self.config.chat.placeholder))
@@ -228,6 +228,12 @@ class Assistant:
         if stream and (rest := decoder.flush()):
             stream(rest)
         return [self.tokenizer.decode(answer) for answer in answers[: len(prepared)]]
+
+    def _open(self, images: Sequence[Image]) -> list[np.ndarray]:
+        # One image is iterable too: an array would be read as a list of its pixel rows, a path as its letters.
+        if not isinstance(images, list | tuple):
+            raise PromptError(f"images must be a list; for one image write images=[image], not a {type(images).__name__}")
+        return [open_image(image, self.config.slicing.limits) for image in images]
 
     def _plan(self, image: np.ndarray, max_slices: int | None, mode: str | None) -> Plan:
         levels = self.config.merge_levels(mode)
