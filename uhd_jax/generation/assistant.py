@@ -232,7 +232,8 @@ class Assistant:
     def _open(self, images: Sequence[Image]) -> list[np.ndarray]:
         # One image is iterable too: an array would be read as a list of its pixel rows, a path as its letters.
         if not isinstance(images, list | tuple):
-            raise PromptError(f"images must be a list; for one image write images=[image], not a {type(images).__name__}")
+            kind = type(images).__name__
+            raise PromptError(f"images must be a list, not {kind}; for one image write images=[image]")
         return [open_image(image, self.config.slicing.limits) for image in images]
 
     def _plan(self, image: np.ndarray, max_slices: int | None, mode: str | None) -> Plan:
