@@ -29,13 +29,14 @@ FOLDER = "checkpoints"
 MODEL_FILE = "model.json"
 
 # What may differ between a checkpoint and the run that resumes from it. Nothing here changes what a parameter is or
-# what the data iterator counts: how long, how often, on which devices, in how many pieces the same sums are computed.
+# what the data iterator counts: how long, how often, on which devices, in how many pieces the same sums are computed,
+# and where the samples lie. That they are the same samples, the iterator's own state ensures.
 RESUMABLE = (
     r"name",
     r"model\.(tower_remat|decoder_remat|scan_layers|loss_chunk)",
     r"train\.(init_from|checkpoint_every|keep_checkpoints|log_every|max_bad_steps|prefetch|data_workers|peak_flops)",
     r"train\.mesh\.\w+",
-    r"train\.stages\.\d+\.(steps|accumulation)",
+    r"train\.stages\.\d+\.(steps|accumulation|data\.options\.path)",
 )
 
 

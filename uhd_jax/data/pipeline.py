@@ -36,6 +36,7 @@ from uhd_jax.slicing.pixels import cut_views
 from uhd_jax.slicing.plan import ImageRefused, make_plan
 
 PLANNING_SAMPLES = 2048  # that the bucket planner sees
+FINGERPRINT_SAMPLES = 256  # evenly spaced, whose texts tell one source from another
 
 # Counters: what happened to samples that are not trained on as they are.
 FEWER_SLICES = "samples_with_fewer_slices"  # to fit into a row
@@ -218,8 +219,11 @@ class WindowPlanner:
             raise PipelineError(f"stage {stage.name!r}: the source {stage.data.source!r} is empty")
         self._stream = grain.MapDataset.range(len(source)).seed(self._seed).shuffle().repeat()
         self.buckets = self._given_buckets() or self._planned_buckets()
+        data = to_dict(stage.data)
+        data["options"].pop("path", None)  # a file may be spelled differently, or moved; what stands in it counts
+        spread = np.linspace(0, len(source) - 1, min(len(source), FINGERPRINT_SAMPLES)).astype(int)
         facts = {
-            "source": (to_dict(stage.data), len(source), self._seed),
+            "source": (data, len(source), [source.messages(int(index)) for index in spread], self._seed),
             "model": (to_dict(model.slicing), to_dict(model.chat), model.tower.patch_size, model.merge_levels()),
             "rows": (stage.rows, stage.max_slices, self._window, [to_dict(bucket) for bucket in self.buckets]),
             "vocabulary": tokenizer.vocab_size,
