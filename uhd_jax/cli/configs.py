@@ -1,12 +1,16 @@
 """`--config=FILE.py:ARG --config.a.b=VALUE`: from the command line to the typed configuration.
 
 The file is loaded and checked first, then completed with every default, so that any key has a type and may be replaced,
-whether the file mentions it or not.
+whether the file mentions it or not. Only the options of a data source are open: one that the file does not mention is
+read as JSON or a Python literal, else as a string, and the source checks it.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,14 +48,21 @@ def load(argv: Sequence[str]) -> RunConfig:
 
     Raises:
       UsageError: no file is named, or a replaced key does not exist or does not take its value.
-      ConfigError: the file cannot be loaded, or does not describe a run.
+      ConfigError: the file cannot be loaded, or does not describe a run, or names an unknown data source or one that
+        does not take its options.
     """
+    from uhd_jax.data.sources import check_data  # slow to import, and help does without it
+
     files = [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
     overrides = [argument for argument in argv if not argument.startswith("--config=")]
     if not files:
         raise UsageError(f"{overrides[0]} replaces a value of a file, but no --config=FILE.py is given")
     config = load_file(files[-1])
-    return _replace(config, overrides) if overrides else config
+    if overrides:
+        config = _replace(config, overrides)
+    for index, stage in enumerate(config.train.stages):
+        check_data(stage.data, f"config.train.stages[{index}].data")
+    return config
 
 
 def load_file(name: str) -> RunConfig:
@@ -80,35 +91,49 @@ def load_file(name: str) -> RunConfig:
 
 def _replace(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     complete = _to_config_dict(to_dict(config))
-    for override in overrides:
-        _check_key(complete, override)
+    replaced = [override for override in overrides if not _add_option(complete, override)]
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", complete, flag_values=values, sys_argv=list(overrides))
+    config_flags.DEFINE_config_dict("config", complete, flag_values=values, sys_argv=replaced)
     try:
-        values(["uhd-jax", *overrides])
+        values(["uhd-jax", *replaced])
     except (flags.Error, ValueError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     return from_config_dict(_to_plain(values["config"].value))
 
 
-def _check_key(complete: ConfigDict, override: str) -> None:
-    """ml_collections would refuse an unknown key too, but with an exception of its own kind at each level."""
-    flag = override.partition("=")[0]
+def _add_option(complete: ConfigDict, override: str) -> bool:
+    """Sets an option of a data source that is not there yet; False for a key that is. Others are refused.
+
+    ml_collections would refuse an unknown key too, but with an exception of its own kind at each level.
+    """
+    flag, _, text = override.partition("=")
     try:
-        path = config_path.split(flag.removeprefix("--"))[1:]
+        path = tuple(config_path.split(flag.removeprefix("--")))[1:]
     except ValueError:
         raise UsageError(f"{flag}: not a key; write e.g. --config.train.stages[0].steps=10") from None
     value = complete
-    for part in path:
+    for depth, part in enumerate(path, 1):
         if isinstance(value, ConfigDict):
             known = list(value)
         elif isinstance(value, tuple):
-            known = list(range(len(value)))
+            known = range(len(value))
         else:
-            known = []
+            known = ()
+        if part not in known and depth == len(path) and path[-3:-1] == ("data", "options"):
+            value[part] = _to_config_dict(_literal(text))
+            return True
         if part not in known:
             raise UsageError(f"{flag}: unknown key {part!r}; known here: {', '.join(map(str, known)) or 'none'}")
         value = value[part]
+    return False
+
+
+def _literal(text: str) -> Any:
+    """What JSON, or else Python, reads in a text, with JSON types only; the text itself where neither does."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return json.loads(json.dumps(read(text)))
+    return text
 
 
 def _to_config_dict(value: Any) -> Any:

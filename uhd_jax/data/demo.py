@@ -77,7 +77,7 @@ class DigitPages:
     sliced page, transcribed; "questions" short questions about a sliced page; "mixed" both of these.
     """
 
-    def __init__(self, options: Mapping[str, Any] | None = None):
+    def __init__(self, options: DigitPagesOptions | Mapping[str, Any] | None = None):
         self.options = from_config_dict(options or {}, DigitPagesOptions, "data.options")
 
     def __len__(self) -> int:
@@ -100,6 +100,10 @@ class DigitPages:
         """The rendered page: uint8[rows * 56, cols * 56, 3]."""
         rng = self._rng(index, 1)
         return [_render(self._page(index).cells, rng, augment=self.options.split == "train")]
+
+    def where(self, index: int) -> str:
+        """The sample's number."""
+        return f"digit_pages sample {index}"
 
     def _rng(self, index: int, purpose: int) -> np.random.Generator:
         return np.random.default_rng((self.options.seed, self.options.split == "train", index, purpose))
