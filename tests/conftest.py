@@ -1,11 +1,14 @@
-"""Eight host devices for every test, programs that compile quickly, and parsed flags for Grain's worker processes."""
+"""Eight host devices for every test, programs that compile quickly, parsed flags for Grain's processes, files."""
 
 import os
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
+from command_line import CONFIG
 from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
 
 # Tests compare numbers made on CPU, also where an accelerator is present.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -41,3 +44,20 @@ def compiled_once(tmp_path_factory):
     yield folder
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """A tiny configuration, for the command line."""
+    path = tmp_path / "plain.py"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+@pytest.fixture
+def image_file(tmp_path):
+    """A noisy image of 600 x 900 pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 900, 3), np.uint8)
+    path = tmp_path / "image.png"
+    Image.fromarray(pixels).save(path)
+    return str(path)

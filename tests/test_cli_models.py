@@ -1,0 +1,111 @@
+"""The commands around a model: cost, train, generate."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from command_line import assert_one_line, call
+
+import uhd_jax
+
+
+def test_cost(capsys, config_file):
+    argv = ("cost", f"--config={config_file}", "--image-size=224x336")
+    costs = json.loads(call(capsys, *argv, "--json")[1])
+    assert costs["plan"]["visual_tokens"] == 28
+    assert costs["parameters"]["total"] == sum(v for k, v in costs["parameters"].items() if k != "total")
+    assert costs["forward_flops"]["total"] == sum(v for k, v in costs["forward_flops"].items() if k != "total")
+    assert costs["stages"][0]["train_flops"] > costs["forward_flops"]["total"] > 0
+    longer = json.loads(call(capsys, *argv, "--json", "--text-tokens=100", "--mode=4x")[1])
+    assert longer["plan"]["visual_tokens"] == 111
+    assert longer["forward_flops"]["decoder"] > costs["forward_flops"]["decoder"]
+    status, out, _ = call(capsys, *argv)
+    assert status == 0 and f"{costs['parameters']['total']:,}" in out
+
+
+def test_commands_that_need_a_configuration_say_so(capsys):
+    for argv in (("cost", "--image-size=3x3"), ("train", "--workdir=nowhere")):
+        status, _, err = call(capsys, *argv)
+        assert status == 2
+        assert_one_line(err, "--config")
+
+
+@pytest.mark.parametrize(
+    ("flag", "part"),
+    [
+        ("--temperature=-1", "'-1'"),
+        ("--temperature=nan", "'nan'"),
+        ("--top-p=0", "'0'"),
+        ("--top-p=1.5", "'1.5'"),
+        ("--top-k=-1", "'-1'"),
+        ("--max-new-tokens=0", "'0'"),
+        ("--seed=x", "'x'"),
+        ("--config=x.py", "--config=x.py"),
+    ],
+)
+def test_generate_refuses_senseless_values(capsys, flag, part):
+    status, _, err = call(capsys, "generate", "--checkpoint=none", "--prompt=x", flag)
+    assert status == 2
+    assert_one_line(err, part)
+
+
+class Echo:
+    """Stands in for a loaded model."""
+
+    def generate(self, prompt, images, stream, **options):
+        for word in ("four", " two"):
+            if stream:
+                stream(word)
+        self.seen = (prompt, images, options)
+        return "four two"
+
+
+def test_generate_streams_or_prints_json(capsys, monkeypatch, tmp_path):
+    echo = Echo()
+    monkeypatch.setitem(vars(uhd_jax), "load", lambda directory: echo)
+    argv = ("generate", "--checkpoint=c", "--prompt=What?", "--image=a.png", "--image", "b.png", "--top-k=3")
+    assert call(capsys, *argv) == (0, "four two\n", "")
+    assert echo.seen[:2] == ("What?", ["a.png", "b.png"]) and echo.seen[2]["top_k"] == 3
+    out = call(capsys, *argv, "--json", f"--out={tmp_path / 'answer.json'}")[1]
+    assert json.loads(out) == {"prompt": "What?", "images": ["a.png", "b.png"], "answer": "four two"}
+    assert json.loads((tmp_path / "answer.json").read_text()) == json.loads(out)
+
+
+def test_train_then_answer(capsys, config_file, image_file, tmp_path):
+    workdir = tmp_path / "run"
+    argv = ("train", f"--config={config_file}", f"--workdir={workdir}", "--config.model.dtype=float32")
+    assert call(capsys, *argv)[0] == 0
+    trained = json.loads((workdir / "trained.json").read_text())
+    assert (trained["name"], trained["steps"], trained["seed"]) == ("plain", 3, 0)
+
+    # Another configuration is refused and leaves the finished run as it was.
+    status, _, err = call(capsys, *argv, "--config.train.seed=1")
+    assert status == 1 and "train.seed" in err.splitlines()[-1]
+    assert json.loads((workdir / "trained.json").read_text()) == trained
+
+    # More steps continue the run.
+    assert call(capsys, *argv, "--config.train.stages[0].steps=4")[0] == 0
+    assert json.loads((workdir / "trained.json").read_text())["steps"] == 4
+
+    ask = ("generate", f"--checkpoint={workdir}", "--prompt=?", "--max-new-tokens=3", "--max-slices=1")
+    status, out, _ = call(capsys, *ask, f"--image={image_file}", "--json")
+    assert status == 0
+    assert set(json.loads(out)) == {"prompt", "images", "answer"}
+
+    status, _, err = call(capsys, *ask, "--image=missing.png")
+    assert status == 1 and "missing.png" in err.splitlines()[-1]
+
+
+def test_generate_without_a_model(capsys, tmp_path):
+    status, _, err = call(capsys, "generate", f"--checkpoint={tmp_path}", "--prompt=?")
+    assert status == 1
+    assert_one_line(err, str(tmp_path))
+
+
+def test_train_names_a_source_that_does_not_exist(capsys, config_file, tmp_path):
+    argv = ("train", f"--config={config_file}", f"--workdir={tmp_path / 'run'}")
+    status, _, err = call(capsys, *argv, "--config.train.stages[0].data.source=dreams")
+    assert status == 1
+    assert_one_line(err, "config.train.stages[0].data.source: 'dreams'")
+    assert not (tmp_path / "run").exists()
