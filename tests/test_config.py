@@ -8,7 +8,7 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from uhd_jax.config import ConfigError, ModelConfig, RunConfig, from_config_dict, to_dict
+from uhd_jax.config import ConfigError, ModelConfig, PreResizeConfig, RunConfig, from_config_dict, to_dict
 
 
 def _values() -> dict:
@@ -91,5 +91,8 @@ def test_merge_levels_follow_mode_and_connector():
 
 
 def test_resolution_of_a_stage():
-    assert tiny.MODEL.at_resolution(0) is tiny.MODEL
-    assert tiny.MODEL.at_resolution(56).slicing.scale_resolution == 56
+    assert tiny.MODEL.for_stage(tiny.stage()) == tiny.MODEL
+    stage = tiny.stage(scale_resolution=56, template="plain", pre_resize=PreResizeConfig(long_side=1024))
+    model = tiny.MODEL.for_stage(stage)
+    assert (model.slicing.scale_resolution, model.slicing.pre_resize.long_side) == (56, 1024)
+    assert model.chat.template == "plain"

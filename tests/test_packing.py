@@ -95,7 +95,7 @@ def test_arrays_of_a_batch():
             [(second, second_views)],
         ],
         bucket,
-        LEVELS,
+        bucket.patches // 16,
         0.5,
     )
     assert batch.bucket == bucket
@@ -122,7 +122,7 @@ def test_arrays_of_a_batch():
 def test_a_power_of_one_weighs_every_trained_token_alike():
     rng = np.random.default_rng(0)
     made = sample(rng, [], "long answer"), sample(rng, [], "x")
-    batch = fill_batch([made], Bucket(1, 1, 256, 16, 588), LEVELS)
+    batch = fill_batch([made], Bucket(1, 1, 256, 16, 588), 1)
     assert set(batch.loss_weights.ravel().tolist()) == {0.0, 1.0}
     assert batch.loss_weights.sum() == sum(s.trained.sum() for s, _ in made)
 
@@ -136,7 +136,7 @@ def test_a_samples_arrays_do_not_depend_on_neighbours_row_slot_or_bucket():
     for bucket in buckets:
         for before in ([], others[:1], others):
             row = [*before, (target, views), *others[1:2]]
-            batch = fill_batch([[]] * (bucket.rows - 1) + [row], bucket, LEVELS, 0.5)
+            batch = fill_batch([[]] * (bucket.rows - 1) + [row], bucket, bucket.patches // 16, 0.5)
             at = batch.segments[-1] == len(before) + 1
             visual = batch.visual_index[-1][at]
             slot, token = np.divmod(visual[visual >= 0], bucket.patches // 16)
@@ -162,6 +162,6 @@ def test_rows_that_do_not_fit_are_refused():
     made = sample(np.random.default_rng(0), [(224, 224)])
     for bucket in (Bucket(1, 4, 256, 64, 588), Bucket(1, 5, 32, 64, 588), Bucket(1, 5, 256, 48, 588)):
         with pytest.raises(ValueError, match="row 0 of 1 samples does not fit"):
-            fill_batch([[made]], bucket, LEVELS)
+            fill_batch([[made]], bucket, bucket.patches // 16)
     with pytest.raises(ValueError, match="2 rows do not fit"):
-        fill_batch([[made], [made]], Bucket(1, 5, 256, 64, 588), LEVELS)
+        fill_batch([[made], [made]], Bucket(1, 5, 256, 64, 588), 4)

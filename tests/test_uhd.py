@@ -78,7 +78,7 @@ _logits = jax.jit(uhd.logits, static_argnames=("config", "mode"))
 
 def _run(rows, bucket, config=CONFIG):
     """Logits of every sample of a batch, in the order given."""
-    batch = fill_batch([[SAMPLES[i] for i in row] for row in rows], bucket, config.merge_levels())
+    batch = fill_batch([[SAMPLES[i] for i in row] for row in rows], bucket, config.visual_tokens(bucket.patches))
     logits = np.asarray(_logits(_params(config), batch, config))
     out = {}
     for number, row in enumerate(rows):
@@ -88,6 +88,7 @@ def _run(rows, bucket, config=CONFIG):
 
 
 BUCKET = Bucket(rows=1, slots=10, tokens=288, patches=96, patch_dim=588)
+SLOT_TOKENS = CONFIG.visual_tokens(BUCKET.patches)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_logits_depend_on_the_sample_alone(rows, bucket):
 
 def test_neighbours_are_really_there():
     """The property above would hold of a model that ignores its images: pixels must matter, to their sample only."""
-    batch = fill_batch([SAMPLES], BUCKET, CONFIG.merge_levels())
+    batch = fill_batch([SAMPLES], BUCKET, SLOT_TOKENS)
     before = np.asarray(_logits(_params(CONFIG), batch, CONFIG))[0]
     patches = batch.patches.copy()
     patches[0, 0] = 255 - patches[0, 0]  # a view of the first sample
@@ -122,7 +123,7 @@ def test_neighbours_are_really_there():
 
 @functools.cache
 def _loss_and_grads(config: ModelConfig):
-    batch = fill_batch([[SAMPLES[0], SAMPLES[1]], [SAMPLES[2]]], dataclasses.replace(BUCKET, rows=2), 2)
+    batch = fill_batch([[SAMPLES[0], SAMPLES[1]], [SAMPLES[2]]], dataclasses.replace(BUCKET, rows=2), SLOT_TOKENS)
 
     def loss(params):
         total, weight = uhd.loss_sums(params, batch, config)
@@ -151,7 +152,7 @@ def test_ways_to_compute_the_same(changes):
 
 
 def test_loss_is_the_weighted_mean_over_whole_logits():
-    batch = fill_batch([[SAMPLES[0], SAMPLES[1]], [SAMPLES[2]]], dataclasses.replace(BUCKET, rows=2), 2, 0.5)
+    batch = fill_batch([[SAMPLES[0], SAMPLES[1]], [SAMPLES[2]]], dataclasses.replace(BUCKET, rows=2), SLOT_TOKENS, 0.5)
     total, weight = uhd.loss_sums(_params(CONFIG), batch, CONFIG)
     logits = _logits(_params(CONFIG), batch, CONFIG)[:, :-1]
     expected = weighted_cross_entropy(logits, batch.tokens[:, 1:], batch.loss_weights[:, 1:])
@@ -166,7 +167,7 @@ def test_cached_decode_equals_the_full_forward(kind):
     """Prompts of different lengths and image counts, decoded together, token by token."""
     config = dataclasses.replace(CONFIG, decoder=DECODERS[kind])
     params = _params(config)
-    batch = fill_batch([[sample] for sample in SAMPLES], dataclasses.replace(BUCKET, rows=3, tokens=224), 2)
+    batch = fill_batch([[sample] for sample in SAMPLES], dataclasses.replace(BUCKET, rows=3, tokens=224), SLOT_TOKENS)
     full = np.asarray(_logits(params, batch, config))
     lengths = np.array([len(sample.tokens) for sample, _ in SAMPLES])
     prompts = lengths - 6

@@ -185,7 +185,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     decoder_layer = _decoder_layer_weights(decoder) + 2 * decoder.width + attention_biases + head_norms
     tables = decoder.vocab_size * decoder.width * (1 if decoder.tied_head else 2)
     outs = [d] * (config.connector.rounds - 1) + [decoder.width]
-    return {
+    return dict.fromkeys(PARTS, 0) | {
         "tower": tower.layers * (_tower_layer_weights(tower) + 4 * d + tower.mlp_width + d + 2 * norm) + norm,
         "patch_embedding": (tower.patch_dim + 1) * d,
         "position_table": tower.table_side**2 * d,

@@ -1,8 +1,9 @@
-"""What a configuration costs for one image: parameters, visual tokens, FLOPs, memory of training.
+"""What a configuration costs for one image: parameters, visual tokens, FLOPs, and the state that training keeps.
 
   uhd-jax cost --config=configs/demo.py --image-size=224x336
 
-One multiply-accumulate is 2 FLOPs; only products with weights and in attention count, padding and recomputation do not.
+The first table is of the model itself, a stage is counted with its own slicing. One multiply-accumulate is 2 FLOPs;
+only products with weights and in attention count, padding and recomputation do not.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any
 
 from uhd_jax.cli.common import not_negative, size
 from uhd_jax.config import MODES, RunConfig
-from uhd_jax.slicing.plan import Size, make_plan
+from uhd_jax.slicing.plan import Size, plan_image
 
 CONFIG = "required"
 CONVENTION = "2 FLOPs per multiply-accumulate of products with weights and in attention; no padding, no recomputation"
+STATE = "parameters, gradients and the optimiser's two moments, all float32 and over all devices; no activations"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,25 +40,31 @@ def costs_of(config: RunConfig, image: Size, text_tokens: int = 0, mode: str | N
     from uhd_jax import cost
 
     model = config.model
-    plan = make_plan(image, model.slicing, model.tower.patch_size, model.merge_levels(mode))
-    work = cost.plan_work(plan, text_tokens)
+    plan = plan_image(image, model, mode)
     parameters = cost.parameter_counts(model)
-    forward = cost.forward_flops(model, work, mode)
+    forward = cost.forward_flops(model, cost.plan_work(plan, text_tokens), mode)
+    stages = []
+    for stage in config.train.stages:
+        stage_plan = plan_image(image, model.for_stage(stage), mode, stage.max_slices)
+        work = cost.plan_work(stage_plan, text_tokens)
+        stages.append(
+            {
+                "name": stage.name,
+                "views": len(stage_plan.views),
+                "visual_tokens": stage_plan.visual_tokens,
+                "train_flops": cost.train_flops(model, work, stage.trainable, mode),
+                "state_bytes": cost.state_bytes(model, stage.trainable),
+            }
+        )
     return {
         "plan": plan.to_json(),
         "text_tokens": text_tokens,
         "mode": mode or model.mode,
         "parameters": {**parameters, "total": sum(parameters.values())},
         "forward_flops": {**forward, "total": sum(forward.values())},
-        "stages": [
-            {
-                "name": stage.name,
-                "train_flops": cost.train_flops(model, work, stage.trainable, mode),
-                "state_bytes": cost.state_bytes(model, stage.trainable),
-            }
-            for stage in config.train.stages
-        ],
+        "stages": stages,
         "flops_convention": CONVENTION,
+        "state_bytes_convention": STATE,
     }
 
 
@@ -70,9 +78,13 @@ def _tables(costs: dict[str, Any]) -> str:
         f"{'part':16}  {'parameters':>14}  {'forward GFLOPs':>14}",
         *(f"{part:16}  {parameters[part]:>14,}  {flops[part] / 1e9:>14,.3f}" for part in parameters),
         "",
-        f"{'stage':16}  {'training GFLOPs':>15}  {'parameters':>11}  {'gradients':>11}  {'moments':>11}",
+        f"{'stage':16}  {'views':>5}  {'visual tokens':>13}  {'training GFLOPs':>15}  {'parameters':>13}  "
+        f"{'gradients':>13}  {'moments':>13}",
     ]
     for stage in costs["stages"]:
-        memory = "  ".join(f"{count / 2**20:>7,.1f} MiB" for count in stage["state_bytes"].values())
-        lines.append(f"{stage['name']:16}  {stage['train_flops'] / 1e9:>15,.3f}  {memory}")
-    return "\n".join([*lines, "", f"FLOPs: {costs['flops_convention']}."])
+        state = "  ".join(f"{count / 2**20:>9,.1f} MiB" for count in stage["state_bytes"].values())
+        lines.append(
+            f"{stage['name']:16}  {stage['views']:>5}  {stage['visual_tokens']:>13}  "
+            f"{stage['train_flops'] / 1e9:>15,.3f}  {state}"
+        )
+    return "\n".join([*lines, "", f"FLOPs: {CONVENTION}.", f"MiB: {STATE}."])

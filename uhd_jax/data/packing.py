@@ -97,7 +97,7 @@ def _best_fit(left_tokens: np.ndarray, left_views: np.ndarray) -> int | None:
 def fill_batch(
     rows: Sequence[Sequence[tuple[EncodedSample, Sequence[np.ndarray]]]],
     bucket: Bucket,
-    levels: int,
+    slot_tokens: int,
     sample_weight_power: float = 1.0,
 ) -> Batch:
     """Writes samples into the arrays of a batch.
@@ -105,7 +105,7 @@ def fill_batch(
     Args:
       rows: for each row its samples, each with its views: uint8[P_view, patch_dim] in merge order, images in order.
       bucket: the static shapes; missing rows stay padding.
-      levels: number of 2x2 merges up to the visual tokens.
+      slot_tokens: visual tokens of a slot (`ModelConfig.visual_tokens` of the bucket's patches).
       sample_weight_power: a sample of L trained tokens weighs L**power, each of its tokens L**(power - 1).
 
     Raises:
@@ -121,7 +121,7 @@ def fill_batch(
         start = slot = 0
         for segment, (sample, views) in enumerate(row, 1):
             place = (number, slice(start, start + len(sample.tokens)))
-            first = (sample.view + slot) * (bucket.patches // 4**levels)
+            first = (sample.view + slot) * slot_tokens
             trained = sample.trained.sum()
             batch.tokens[place] = sample.tokens
             batch.positions[place] = np.arange(len(sample.tokens))

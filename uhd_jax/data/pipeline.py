@@ -33,7 +33,7 @@ from uhd_jax.data.packing import encode_to_fit, fill_batch
 from uhd_jax.data.sources import Source
 from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from uhd_jax.slicing.pixels import cut_views
-from uhd_jax.slicing.plan import ImageRefused, make_plan
+from uhd_jax.slicing.plan import ImageRefused, plan_image
 
 PLANNING_SAMPLES = 2048  # that the bucket planner sees
 FINGERPRINT_SAMPLES = 256  # evenly spaced, whose texts tell one source from another
@@ -224,7 +224,7 @@ class WindowPlanner:
         spread = np.linspace(0, len(source) - 1, min(len(source), FINGERPRINT_SAMPLES)).astype(int)
         facts = {
             "source": (data, len(source), [source.messages(int(index)) for index in spread], self._seed),
-            "model": (to_dict(model.slicing), to_dict(model.chat), model.tower.patch_size, model.merge_levels()),
+            "model": (to_dict(model.slicing), to_dict(model.chat), model.tower.patch_size, model.visual_tokens(4096)),
             "rows": (stage.rows, stage.max_slices, self._window, [to_dict(bucket) for bucket in self.buckets]),
             "vocabulary": tokenizer.vocab_size,
         }
@@ -268,12 +268,11 @@ class WindowPlanner:
         """The sample at a place of the stream, unless it is dropped; a counter and a reason if something is wrong."""
         model, max_slices = self.model, self.stage.max_slices
         index = int(self._stream[place])
-        levels, patch_size = model.merge_levels(), model.tower.patch_size
         try:
             sizes, messages = self.source.sizes(index), self.source.messages(index)
 
             def encode(limit: int) -> EncodedSample:
-                plans = [make_plan(size, model.slicing, patch_size, levels, limit) for size in sizes]
+                plans = [plan_image(size, model, max_slices=limit) for size in sizes]
                 return encode_chat(messages, plans, self._tokenizer, model.chat)
 
             sample, limit = encode_to_fit(encode, max_slices, rows)
@@ -379,7 +378,8 @@ class _RenderedBatchIterator(grain.DatasetIterator):
         rows = [[(window.samples[i][1], loaded[i]) for i in row if loaded[i] is not None] for row in numbers]
         shape = packed.bucket
         bucket = Bucket(share, shape.slots, shape.tokens, shape.patches, planner.model.tower.patch_dim)
-        batch = fill_batch(rows, bucket, planner.model.merge_levels(), planner.stage.sample_weight_power)
+        slot_tokens = planner.model.visual_tokens(bucket.patches)
+        batch = fill_batch(rows, bucket, slot_tokens, planner.stage.sample_weight_power)
         samples = [sample for row in rows for sample, _ in row]
         info = BatchInfo(
             bucket=bucket,

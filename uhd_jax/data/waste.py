@@ -11,7 +11,7 @@ from uhd_jax.config import BucketConfig, ModelConfig
 from uhd_jax.data.buckets import form_batches, patch_work, plan_buckets, work_of
 from uhd_jax.data.chat import Needs
 from uhd_jax.data.packing import fits, row_needs
-from uhd_jax.slicing.plan import Size, make_plan
+from uhd_jax.slicing.plan import Size, plan_image
 
 SizeMix = Literal["photos", "page_scans", "log_uniform"]
 
@@ -100,7 +100,7 @@ def measure_waste(
     texts = np.random.default_rng(len(sizes)).lognormal(np.log(80), 0.8, len(sizes)).clip(4, 1500).astype(int)
     samples, patches = [], []
     for size, text in zip(sizes, texts, strict=True):
-        plan = make_plan(size, model.slicing, model.tower.patch_size, model.merge_levels(), max_slices)
+        plan = plan_image(size, model, max_slices=max_slices)
         marks = 2 * len(plan.views) + max(plan.grid.rows - 1, 0)
         tokens = plan.visual_tokens + marks + _CHAT_TOKENS + int(text)
         if tokens <= packed_length:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from uhd_jax.batch import Batch, Bucket
-from uhd_jax.checkpoint import load_model
+from uhd_jax.checkpoint import CheckpointError, load_model
 from uhd_jax.config import ConfigError, ModelConfig
 from uhd_jax.convert import minicpmv
 from uhd_jax.data.chat import EncodedSample, ImagePart, Message, encode_chat
@@ -22,13 +23,13 @@ from uhd_jax.generation.decode import Sampling, generate_tokens
 from uhd_jax.models import uhd
 from uhd_jax.slicing.image_io import open_image
 from uhd_jax.slicing.pixels import cut_views
-from uhd_jax.slicing.plan import Plan, Size, make_plan
+from uhd_jax.slicing.plan import ImageRefused, Plan, Size, plan_image
 
 Image = Any  # whatever `slicing.image_io.open_image` takes: path, bytes, PIL image, uint8 array
 
 
 class PromptError(ValueError):
-    """A prompt cannot be answered: too long, or its images and placeholders do not match."""
+    """What is asked cannot be answered: no text, too long, or images, ids or limits that do not fit it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,9 @@ class Assistant:
 
         Raises:
           ImageRefused: an image cannot be used.
-          PromptError: the prompt is too long.
+          PromptError: the prompt is no text or too long.
         """
+        _check_text(prompt)
         pixels = self._open(images)
         plans = [self._plan(image, max_slices, mode) for image in pixels]
         parts = (*(ImagePart(i) for i in range(len(plans))), prompt)
@@ -108,7 +110,6 @@ class Assistant:
         views = self._views(pixels, plans)
         if not views:
             return []
-        levels = self.config.merge_levels(mode)
         patches = np.zeros((_room(len(views)), _patch_room(views), views[0].shape[1]), np.uint8)
         grids = np.zeros((len(patches), 2), np.int32)
         view_plans = [view for plan in plans for view in plan.views]
@@ -116,7 +117,7 @@ class Assistant:
             patches[index, : len(view)] = view
             grids[index] = plan.patch_grid
         features = np.asarray(_encode(self.params, patches, grids, self.config, mode), np.float32)
-        tokens = [f[: plan.patch_grid.area // 4**levels] for f, plan in zip(features, view_plans, strict=False)]
+        tokens = [f[: plan.visual_tokens] for f, plan in zip(features, view_plans, strict=False)]
         ends = np.cumsum([len(plan.views) for plan in plans])
         return [np.concatenate(tokens[end - len(plan.views) : end]) for plan, end in zip(plans, ends, strict=True)]
 
@@ -131,11 +132,12 @@ class Assistant:
         """float32[T, V] after each of T ids, in which the placeholders of the images are expanded already.
 
         Raises:
-          PromptError: the number of placeholders is not the number of the images' visual tokens.
+          PromptError: an id outside the vocabulary, or the number of placeholders is not the number of the images'
+            visual tokens.
         """
+        tokens = _checked_ids(token_ids, self.config.decoder.vocab_size)
         pixels = self._open(images)
         plans = [self._plan(image, max_slices, mode) for image in pixels]
-        tokens = np.asarray(token_ids, np.int32)
         places = np.flatnonzero(tokens == self.tokenizer.special(self.config.chat.placeholder))
         counts = [view.visual_tokens for plan in plans for view in plan.views]
         if len(places) != sum(counts):
@@ -169,11 +171,11 @@ class Assistant:
         Args:
           prompt: a question, or a list of them.
           images: the question's images; for a list of questions, a list of images for each.
-          max_new_tokens: length limit of an answer.
+          max_new_tokens: length limit of an answer, at least 1.
           temperature: 0 for greedy.
           top_k: keep the k likeliest tokens when sampling; 0 keeps all.
           top_p: keep the likeliest tokens of this total probability when sampling.
-          seed: of sampling.
+          seed: of sampling, from 0 to 2**32 - 1.
           max_slices: slices per image at most; None for the config's limit.
           mode: "16x" or "4x"; None for the config's.
           stream: called with each new piece of text; for a single prompt only.
@@ -182,31 +184,40 @@ class Assistant:
           The answer, or a list of them.
 
         Raises:
-          ImageRefused, PromptError: as in `prepare`; the error of a batch names the prompt by its number.
+          ImageRefused, PromptError: as in `prepare`, or the answer may become too long; in a batch the error begins
+            with the prompt's index, as in "prompt[2]: ".
+          ValueError: a sampling option out of its range.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
+        if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
+            raise PromptError(f"max_new_tokens={max_new_tokens!r}: must be a whole number of at least 1")
         single = isinstance(prompt, str)
-        prompts, image_lists = ([prompt], [images]) if single else (list(prompt), list(images) or [()] * len(prompt))
-        if len(prompts) != len(image_lists):
-            raise PromptError(f"{len(prompts)} prompts, but {len(image_lists)} lists of images")
         if stream is not None and not single:
             raise PromptError("streaming is for a single prompt")
-        if not prompts:
+        prepared = []
+        for index, (text, own) in enumerate(_requests(prompt, images)):
+            try:
+                prepared.append(self.prepare(text, own, max_slices=max_slices, mode=mode))
+                self._check_room(prepared[-1], max_new_tokens)
+            except (PromptError, ImageRefused, TypeError) as error:
+                if single:
+                    raise
+                raise type(error)(f"prompt[{index}]: {error}") from error
+        if not prepared:
             return []
-        prepared = [
-            self.prepare(text, own, max_slices=max_slices, mode=mode)
-            for text, own in zip(prompts, image_lists, strict=True)
-        ]
         answers = self._continue(prepared, max_new_tokens, sampling, mode, stream)
         return answers[0] if single else answers
+
+    def _check_room(self, prepared: Prepared, max_new_tokens: int) -> None:
+        length = len(prepared.token_ids)
+        if length + max_new_tokens > self.max_length:
+            raise PromptError(
+                f"a prompt of {length} tokens and max_new_tokens={max_new_tokens} exceed max_length={self.max_length}"
+            )
 
     def _continue(self, prepared, max_new_tokens, sampling, mode, stream) -> list[str]:
         batch = self._batch(prepared, mode)
         longest = max(len(p.token_ids) for p in prepared)
-        if longest + max_new_tokens > self.max_length:
-            raise PromptError(
-                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed max_length={self.max_length}"
-            )
         decoder = StreamDecoder(self.tokenizer)
 
         def on_tokens(tokens):
@@ -237,8 +248,7 @@ class Assistant:
         return [open_image(image, self.config.slicing.limits) for image in images]
 
     def _plan(self, image: np.ndarray, max_slices: int | None, mode: str | None) -> Plan:
-        levels = self.config.merge_levels(mode)
-        return make_plan(Size(*image.shape[:2]), self.config.slicing, self.config.tower.patch_size, levels, max_slices)
+        return plan_image(Size(*image.shape[:2]), self.config, mode, max_slices)
 
     def _views(self, pixels: Sequence[np.ndarray], plans: Sequence[Plan]) -> tuple[np.ndarray, ...]:
         side = self.config.tower.patch_size
@@ -253,11 +263,50 @@ class Assistant:
             patches=_patch_room([view for p in prepared for view in p.views]),
             patch_dim=self.config.tower.patch_dim,
         )
-        return fill_batch([[(p.sample, p.views)] for p in prepared], bucket, self.config.merge_levels(mode))
+        slot_tokens = self.config.visual_tokens(bucket.patches, mode)
+        return fill_batch([[(p.sample, p.views)] for p in prepared], bucket, slot_tokens)
 
 
 _encode = jax.jit(uhd.encode_views, static_argnames=("config", "mode"))
 _logits = jax.jit(uhd.logits, static_argnames=("config", "mode"))
+
+
+def _requests(prompt: Any, images: Any) -> list[tuple[Any, Any]]:
+    """Each prompt with its images."""
+    if isinstance(prompt, str):
+        return [(prompt, images)]
+    if not isinstance(prompt, list | tuple):
+        raise PromptError(f"prompt must be text (str) or a list of texts, not {type(prompt).__name__}")
+    if not isinstance(images, list | tuple) or not all(isinstance(own, list | tuple) for own in images):
+        raise PromptError("a list of prompts needs a list of images for each: images=[[first, second], [], [third]]")
+    if images and len(images) != len(prompt):
+        raise PromptError(f"{len(prompt)} prompts, but {len(images)} lists of images")
+    return list(zip(prompt, images or [()] * len(prompt), strict=True))
+
+
+def _check_text(prompt: Any) -> None:
+    if not isinstance(prompt, str):
+        raise PromptError(f"a prompt must be text (str), not {type(prompt).__name__}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # what Python makes of a command line's bytes that are not UTF-8
+        raise PromptError(
+            f"the prompt is not valid Unicode: its character {error.start} is the lone surrogate "
+            f"{ascii(prompt[error.start])}; give the prompt in UTF-8"
+        ) from None
+
+
+def _checked_ids(token_ids: Any, vocab_size: int) -> np.ndarray:
+    """int32[T]."""
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
+        kind = f"{ids.dtype}{list(ids.shape)}" if ids.size else "empty"
+        raise PromptError(f"token_ids must be one list of at least one integer, but is {kind}")
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if outside.size:
+        place = outside[0]
+        raise PromptError(f"token_ids[{place}] is {ids[place]}, but the model's ids go from 0 to {vocab_size - 1}")
+    return ids.astype(np.int32)
 
 
 def _room(count: int, smallest: int = 1) -> int:
@@ -283,6 +332,9 @@ def load(directory: str | Path, max_length: int = 32_768) -> Assistant:
       CheckpointError, ConvertError, TokenizerError: what is missing or does not fit, and where.
     """
     directory = Path(directory)
+    if not directory.is_dir():
+        problem = "is a file" if directory.exists() else "does not exist"
+        raise CheckpointError(f"{directory} {problem}; give the folder of a training run or of a model")
     if (directory / "preprocessor_config.json").exists():
         config, params = minicpmv.load_checkpoint(directory, _abstract_params)
         return Assistant(config, jax.tree.map(jnp.asarray, params), load_tokenizer(directory), max_length)

@@ -12,7 +12,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-from uhd_jax.config import ImageLimits, SlicingConfig
+from uhd_jax.config import ImageLimits, ModelConfig, SlicingConfig
 
 
 class Size(NamedTuple):
@@ -116,8 +116,21 @@ def check_size(size: Size, limits: ImageLimits) -> None:
         )
 
 
+def plan_image(size: Size, model: ModelConfig, mode: str | None = None, max_slices: int | None = None) -> Plan:
+    """Decides how an image of `size` becomes views of a model; arguments and errors as of `make_plan`."""
+    levels, queries = model.merge_levels(mode), model.connector.queries
+    return make_plan(size, model.slicing, model.tower.patch_size, levels, max_slices, queries)
+
+
 @functools.lru_cache(maxsize=65_536)
-def make_plan(size: Size, slicing: SlicingConfig, patch_size: int, levels: int, max_slices: int | None = None) -> Plan:
+def make_plan(
+    size: Size,
+    slicing: SlicingConfig,
+    patch_size: int,
+    levels: int,
+    max_slices: int | None = None,
+    queries: int = 0,
+) -> Plan:
     """Decides how an image of `size` is cut.
 
     With encoding "slices" an image above scale_resolution**2 pixels becomes a thumbnail and a grid of slices, a smaller
@@ -133,6 +146,7 @@ def make_plan(size: Size, slicing: SlicingConfig, patch_size: int, levels: int, 
       levels: number of 2x2 merges up to the visual tokens (`ModelConfig.merge_levels`); view sides are multiples of
         patch_size * 2**levels.
       max_slices: replaces slicing.max_slices, e.g. by a stage's or a request's own limit.
+      queries: visual tokens of every view, where they do not depend on its size; 0: patches / 4**levels.
 
     Raises:
       ImageRefused: the size breaks slicing.limits, or a view has more patches than allowed.
@@ -147,7 +161,7 @@ def make_plan(size: Size, slicing: SlicingConfig, patch_size: int, levels: int, 
 
     def view(size: Size) -> ViewPlan:
         patch_grid = Grid(size.height // patch_size, size.width // patch_size)
-        return ViewPlan(size, patch_grid, patch_grid.area // 4**levels)
+        return ViewPlan(size, patch_grid, queries or patch_grid.area // 4**levels)
 
     if slicing.encoding == "global":
         grid, thumbnail = Grid(0, 0), _global_size(size, side, max_slices, multiple)

@@ -20,7 +20,7 @@ def make_batches(config: RunConfig, stage_index: int) -> Iterator[StageBatches]:
     stage = config.train.stages[stage_index]
     source = make_source(stage.data, config.model.slicing.limits)
     process = (jax.process_index(), jax.process_count())
-    model = config.model.at_resolution(stage.scale_resolution)
+    model = config.model.for_stage(stage)
     batches = make_iterator(stage, model, config.train, source, process=process)
     try:
         yield StageBatches(batches)

@@ -16,9 +16,12 @@ from uhd_jax.config import PARTS, ConfigError
 PART_PATTERNS: dict[str, str] = {
     "patch_embedding": r"tower/patch_embedding/.+",
     "position_table": r"tower/position_table",
-    "tower": r"tower/(layers|final_norm)/.+",
+    "tower": r"tower/(class_token|(pre_norm|layers|final_norm)/.+)",
     "compressor": r"tower/compressor/.+",
-    "connector": r"connector/.+",
+    "connector": r"connector/(?!position_table|upsampler/).+",
+    "connector_positions": r"connector/position_table",
+    "upsampler": r"connector/upsampler/(?!fixup/).+",
+    "upsampler_fixup": r"connector/upsampler/fixup/.+",
     "decoder": r"decoder/.+",
 }
 

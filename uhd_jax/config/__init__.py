@@ -1,0 +1,65 @@
+"""Typed configuration of a run.
+
+A file in `configs/` returns an `ml_collections.ConfigDict`; `from_config_dict` turns it, once, into the frozen
+dataclasses below. An unknown key, a wrong type or an impossible mix raises `ConfigError` naming the full key.
+Everything behind the command line sees only the dataclasses, never a ConfigDict.
+"""
+
+from uhd_jax.config.build import from_config_dict, to_dict
+from uhd_jax.config.checks import ConfigError
+from uhd_jax.config.model import (
+    COMPRESSORS,
+    CONNECTORS,
+    MODES,
+    PYRAMID_CONNECTORS,
+    QUERY_CONNECTORS,
+    ChatConfig,
+    CompressorConfig,
+    ConnectorConfig,
+    DecoderConfig,
+    ImageLimits,
+    ModelConfig,
+    PreResizeConfig,
+    PyramidConfig,
+    SlicingConfig,
+    TowerConfig,
+)
+from uhd_jax.config.run import (
+    PARTS,
+    BucketConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    StageConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "BucketConfig",
+    "COMPRESSORS",
+    "CONNECTORS",
+    "ChatConfig",
+    "CompressorConfig",
+    "ConfigError",
+    "ConnectorConfig",
+    "DataConfig",
+    "DecoderConfig",
+    "ImageLimits",
+    "MODES",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PARTS",
+    "PYRAMID_CONNECTORS",
+    "PreResizeConfig",
+    "PyramidConfig",
+    "QUERY_CONNECTORS",
+    "RunConfig",
+    "SlicingConfig",
+    "StageConfig",
+    "TowerConfig",
+    "TrainConfig",
+    "from_config_dict",
+    "to_dict",
+]

@@ -1,0 +1,122 @@
+"""What a run is: data, stages, optimiser, mesh, and the model they train."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from uhd_jax.config.checks import require, require_at_least
+from uhd_jax.config.model import ModelConfig, PreResizeConfig
+
+PARTS = ("tower", "patch_embedding", "position_table", "compressor")
+PARTS += ("connector", "connector_positions", "upsampler", "upsampler_fixup", "decoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketConfig:
+    """Static shapes of one compiled program, per row: view slots, tokens, patches per view."""
+
+    slots: int
+    tokens: int
+    patches: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """A named source and its options; the source checks its own options."""
+
+    source: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of the recipe (spec: v4 section 1.10)."""
+
+    name: str
+    data: DataConfig
+    steps: int
+    rows: int  # packed rows of one optimiser step, over all devices
+    packed_length: int  # tokens per row
+    learning_rate: float
+    learning_rate_min: float
+    trainable: tuple[str, ...]
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "timm_cosine", "constant"] = "timm_cosine"
+    tower_learning_rate_factor: float = 1.0
+    accumulation: int = 1  # micro-batches per step; divides rows
+    max_slices: int = 9
+    scale_resolution: int = 0  # replaces slicing.scale_resolution during the stage; 0 keeps it
+    pre_resize: PreResizeConfig = PreResizeConfig()  # takes the place of slicing.pre_resize during the stage
+    template: Literal["", "chatml", "vicuna_v1", "plain"] = ""  # replaces chat.template during the stage
+    sample_weight_power: float = 1.0  # 0.5: a sample of L trained tokens weighs L**0.5 (stage 4)
+    slots: int = 0  # view slots per row; 0: chosen by the bucket planner
+    buckets: tuple[BucketConfig, ...] = ()  # empty: chosen by the bucket planner
+    bucket_budget: int = 2  # programs the planner may ask for
+
+    def __post_init__(self):
+        require_at_least(self, 1, "steps", "rows", "packed_length", "accumulation", "max_slices", "bucket_budget")
+        require_at_least(self, 0, "warmup_steps", "slots", "scale_resolution", "learning_rate", "learning_rate_min")
+        divides = self.rows % self.accumulation == 0
+        require(divides, "accumulation", f"{self.accumulation} does not divide rows {self.rows}")
+        for part in self.trainable:
+            require(part in PARTS, "trainable", f"{part!r} is not one of {PARTS}")
+        require(bool(self.trainable), "trainable", "names no part: nothing would be trained")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as in the released scripts: everything but names with 'bias' is decayed."""
+
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; one of them may be -1, 'all that are left'."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Stages in order, and what they share."""
+
+    stages: tuple[StageConfig, ...]
+    seed: int = 0
+    init_from: str = ""  # model or workdir whose parameters the first stage starts from; empty: random
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    max_bad_steps: int = 10  # non-finite steps in a row before the run is aborted
+    packing_window: int = 256  # samples looked at together when rows are filled
+    prefetch: int = 4  # batches prepared ahead of the device
+    data_workers: int = 0  # processes that decode images; 0: threads of this one
+    peak_flops: float = 0.0  # per device; 0: from the table of known devices, else measured
+
+    def __post_init__(self):
+        require(len(self.stages) > 0, "stages", "is empty")
+        require_at_least(
+            self, 1, "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps", "packing_window"
+        )
+        require_at_least(self, 0, "prefetch", "data_workers", "peak_flops", "seed")
+        names = [stage.name for stage in self.stages]
+        require(len(set(names)) == len(names), "stages", f"names repeat: {names}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything `uhd-jax train` needs."""
+
+    name: str
+    model: ModelConfig
+    train: TrainConfig
