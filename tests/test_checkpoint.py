@@ -1,7 +1,9 @@
 """Saving, restoring, refusing."""
 
 import dataclasses
+import gc
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -155,6 +157,8 @@ def test_full_disk_is_a_typed_error_and_the_previous_checkpoint_stays(tmp_path):
     assert f"run: cannot write {tmp_path}/checkpoints" in done.stdout, done.stderr
     assert f"model: cannot write {tmp_path}/model" in done.stdout
     assert "MiB free there" in done.stdout
+    assert "Cause: File too large" in done.stdout
+    assert done.stderr == ""  # neither Orbax nor its threads say it again, at length
     checkpointer = Checkpointer(tmp_path)
     assert checkpointer.latest_step() == 1
     restored = checkpointer.restore(
@@ -181,6 +185,47 @@ def test_model_round_trip_and_from_a_run(tmp_path):
     assert params["decoder"]["kernel"].dtype == jax.numpy.bfloat16
 
 
+def test_reading_is_silent_and_leaves_the_hooks_as_they_were(tmp_path, caplog):
+    write(tmp_path, 1)
+    before = sys.unraisablehook, list(logging.getLogger("absl").filters)
+    with caplog.at_level(logging.WARNING):
+        load_model(tmp_path)
+        logging.getLogger("absl").warning("of somebody else")
+    assert (sys.unraisablehook, logging.getLogger("absl").filters) == before
+    assert caplog.messages == ["of somebody else"]
+
+
+def damage(folder):
+    for path in folder.rglob("*") if folder.is_dir() else [folder]:
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "part", "complaint"),
+    [
+        (shutil.rmtree, "params", "lacks params"),
+        (shutil.rmtree, "meta", "lacks meta"),
+        (damage, "meta", "cannot be read"),
+        (damage, "params", "the files in its folder params are damaged or incomplete"),
+        (lambda path: path.unlink(), "params/_METADATA", "the files in its folder params are damaged or incomplete"),
+    ],
+)
+def test_a_damaged_run_names_the_folder_and_what_to_do(tmp_path, spoil, part, complaint, capfd):
+    write(tmp_path, 1, 2)
+    newest = tmp_path / "checkpoints" / "2"
+    spoil(newest / part)
+    with pytest.raises(CheckpointError, match=complaint) as caught:
+        load_model(tmp_path)
+    assert f"{newest} " in str(caught.value) and f"delete {newest} to go on from checkpoint 1" in str(caught.value)
+    assert "AttributeError" not in str(caught.value) and "\n" not in str(caught.value)
+    del caught
+    gc.collect()  # tasks that failed and were awaited by nobody are reported here
+    assert capfd.readouterr().err == ""
+    shutil.rmtree(newest)
+    load_model(tmp_path)
+
+
 def test_no_model_and_damaged_model(tmp_path):
     with pytest.raises(CheckpointError, match="holds no model"):
         load_model(tmp_path)
@@ -188,5 +233,9 @@ def test_no_model_and_damaged_model(tmp_path):
     described = json.loads((tmp_path / "model.json").read_text())
     described["model"]["tower"]["hands"] = 2
     (tmp_path / "model.json").write_text(json.dumps(described))
-    with pytest.raises(CheckpointError, match=r"model\.tower\.hands: unknown key"):
+    with pytest.raises(CheckpointError, match=r"copy it there again.*model\.tower\.hands: unknown key"):
+        load_model(tmp_path)
+    save_model(tmp_path, PARAMS, tiny.MODEL)
+    shutil.rmtree(tmp_path / "params")
+    with pytest.raises(CheckpointError, match=f"{tmp_path} lacks params; copy it there again"):
         load_model(tmp_path)

@@ -11,11 +11,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from traceback import walk_tb
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -90,6 +94,7 @@ class Checkpointer:
     def __init__(self, workdir: str | os.PathLike[str], keep: int = 2):
         """Opens `workdir`/checkpoints, made if absent; the newest `keep` checkpoints stay."""
         self.directory = Path(workdir).absolute() / FOLDER
+        self._unsilence = _silence_orbax()  # until the last background save has ended well
         with self._writing():
             self.directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
@@ -135,6 +140,7 @@ class Checkpointer:
         """Waits, then lets go of the threads; raises as `save`."""
         with self._writing():
             self._manager.close()
+        self._unsilence()
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The meta item of checkpoint `step`.
@@ -142,7 +148,7 @@ class Checkpointer:
         Raises:
           CheckpointError: missing or unreadable.
         """
-        with self._reading(step):
+        with _reading(self.directory / str(step), ITEMS):
             return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def restore(self, step: int, params: Any, training: Any) -> Restored:
@@ -156,7 +162,7 @@ class Checkpointer:
         Raises:
           CheckpointError: an item is missing, damaged or of other shapes.
         """
-        with self._reading(step):
+        with _reading(self.directory / str(step), ITEMS):
             items = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -174,19 +180,6 @@ class Checkpointer:
             yield
         except Exception as error:
             raise CheckpointError(_cannot_write(self.directory, error)) from error
-
-    @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        folder = self.directory / str(step)
-        others = [str(other) for other in self._manager.all_steps() if other != step]
-        advice = f"delete {folder} to go on from checkpoint {others[-1]}" if others else "no other checkpoint is there"
-        lacking = [item for item in ITEMS if not (folder / item).is_dir()]
-        if lacking:
-            raise CheckpointError(f"checkpoint {folder} lacks {', '.join(lacking)}; {advice}")
-        try:
-            yield
-        except Exception as error:
-            raise CheckpointError(f"checkpoint {folder} cannot be read; {advice}. Cause: {_brief(error)}") from error
 
 
 def require_same_config(workdir: str | os.PathLike[str], saved: Mapping[str, Any], config: RunConfig) -> None:
@@ -233,7 +226,7 @@ def save_model(directory: str | os.PathLike[str], params: Any, config: ModelConf
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / MODEL_FILE).unlink(missing_ok=True)  # present means complete
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(directory / "params", params, force=True)
         partial = directory / (MODEL_FILE + ".partial")
         partial.write_text(json.dumps({"model": to_dict(config), "version": __version__}, indent=2) + "\n")
@@ -249,15 +242,11 @@ def load_model_config(directory: str | os.PathLike[str]) -> ModelConfig:
       CheckpointError: there is no model there, or its description is damaged.
     """
     folder = _model_folder(directory)
-    try:
-        if (folder / MODEL_FILE).is_file():
-            saved = json.loads((folder / MODEL_FILE).read_text())["model"]
-        else:
-            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-                saved = checkpointer.restore(folder / "meta")["config"]["model"]
-        return from_config_dict(saved, ModelConfig, "model")
-    except Exception as error:
-        raise CheckpointError(f"the model in {folder} cannot be read. Cause: {_brief(error)}") from error
+    if (folder / MODEL_FILE).is_file():
+        with _reading(folder):
+            return from_config_dict(json.loads((folder / MODEL_FILE).read_text())["model"], ModelConfig, "model")
+    with _reading(folder, ("meta",)), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return from_config_dict(checkpointer.restore(folder / "meta")["config"]["model"], ModelConfig, "model")
 
 
 def load_model(directory: str | os.PathLike[str], place: Callable[[Any], Any] | None = None) -> tuple[Any, ModelConfig]:
@@ -275,14 +264,13 @@ def load_model(directory: str | os.PathLike[str], place: Callable[[Any], Any] | 
       CheckpointError: there is no model there, or it is damaged.
     """
     config, folder = load_model_config(directory), _model_folder(directory)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            on_disk = checkpointer.metadata(folder / "params").item_metadata.tree
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), on_disk)
-            return checkpointer.restore(folder / "params", place(target) if place else target), config
-    except Exception as error:
-        raise CheckpointError(f"the model in {folder} cannot be read. Cause: {_brief(error)}") from error
+    with _reading(folder, ("params",)), ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(folder / "params").item_metadata
+        if metadata is None:
+            raise CheckpointError("the files in its folder params are damaged or incomplete")
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata.tree)
+        return checkpointer.restore(folder / "params", place(target) if place else target), config
 
 
 def _model_folder(directory: str | os.PathLike[str]) -> Path:
@@ -290,18 +278,99 @@ def _model_folder(directory: str | os.PathLike[str]) -> Path:
     directory = Path(directory).absolute()
     if (directory / MODEL_FILE).is_file():
         return directory
-    steps = [int(path.name) for path in (directory / FOLDER).glob("*") if path.name.isdecimal()]
-    if not steps:
+    step = newest_step(directory)
+    if step is None:
         raise CheckpointError(
             f"{directory} holds no model: neither {MODEL_FILE} nor a complete checkpoint in {FOLDER}/ was found there"
         )
-    return directory / FOLDER / str(max(steps))
+    return directory / FOLDER / str(step)
+
+
+def newest_step(workdir: str | os.PathLike[str]) -> int | None:
+    """Step of the newest complete checkpoint of a run; None when there is none. Makes and locks nothing."""
+    return max(_steps(Path(workdir) / FOLDER), default=None)
+
+
+def _steps(folder: Path) -> list[int]:
+    return [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+
+
+@contextlib.contextmanager
+def _reading(folder: Path, parts: Sequence[str] = ()) -> Iterator[None]:
+    """Turns whatever goes wrong into a CheckpointError about the checkpoint or saved model in `folder`."""
+    others = [step for step in _steps(folder.parent) if str(step) != folder.name]
+    if (folder / MODEL_FILE).is_file():
+        advice = "copy it there again, or save it again with save_model"
+    elif others:
+        advice = f"delete {folder} to go on from checkpoint {max(others)}"
+    else:
+        advice = "no other checkpoint is there: copy it there again, or train again"
+    lacking = [part for part in parts if not (folder / part).is_dir()]
+    if lacking:
+        raise CheckpointError(f"{folder} lacks {', '.join(lacking)}; {advice}")
+    try:
+        with _quiet_orbax():
+            yield
+    except Exception as error:
+        raise CheckpointError(f"{folder} cannot be read; {advice}. Cause: {_brief(error)}") from error
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    unsilence = _silence_orbax()
+    yield
+    unsilence()  # not after an error: what went wrong in other threads is printed whenever they come to it
+
+
+def _silence_orbax() -> Callable[[], None]:
+    """Holds back what Orbax and its threads print, and returns what ends that.
+
+    Orbax warns of files it can do without. When a disk is full or a file is damaged, it raises one error and prints
+    pages beside it, from its threads, from tasks that nobody awaits and from TensorStore, for as long as they last.
+    """
+    unraisablehook = sys.unraisablehook
+
+    def to_show(record: logging.LogRecord) -> bool:
+        return not (_of_orbax(Path(record.pathname)) or (record.exc_info and _from_orbax(*record.exc_info[1:])))
+
+    def on_unraisable(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        of_orbax = _from_orbax(unraisable.exc_value, unraisable.exc_traceback)
+        if not (of_orbax or (code and _of_orbax(Path(code.co_filename)))):
+            unraisablehook(unraisable)
+
+    def end() -> None:
+        for logger in loggers:
+            logger.removeFilter(to_show)
+        if sys.unraisablehook is on_unraisable:
+            sys.unraisablehook = unraisablehook
+
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for logger in loggers:
+        logger.addFilter(to_show)
+    sys.unraisablehook = on_unraisable
+    return end
+
+
+def _from_orbax(error: BaseException | None, traceback: TracebackType | None) -> bool:
+    files = [Path(frame.f_code.co_filename) for frame, _ in walk_tb(traceback)]
+    # TensorStore's own errors, in tasks of their own; and its calling back to where nobody waits any more.
+    alone = any(words in str(error) for words in ("tensorstore", "OCDBT", "Event loop is closed"))
+    return any(map(_of_orbax, files)) or (alone and all("asyncio" in file.parts for file in files))
+
+
+def _of_orbax(file: Path) -> bool:
+    return "orbax" in file.parts
 
 
 def _brief(error: BaseException) -> str:
-    """The error's first line; storage libraries append pages of context."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+    """The first line of where the error came from; storage libraries append pages of context."""
+    while error.__cause__:
+        error = error.__cause__
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    line = next(iter(str(error).strip().splitlines()), "")[:300]
+    return line if isinstance(error, CheckpointError) else f"{type(error).__name__}: {line}"
 
 
 def _cannot_write(directory: Path, error: BaseException) -> str:
