@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 import uhd_jax
-from uhd_jax.checkpoint import save_model
+from uhd_jax.checkpoint import CheckpointError, save_model
 from uhd_jax.config import CompressorConfig, DecoderConfig, ModelConfig, SlicingConfig, TowerConfig
 from uhd_jax.data.tokenizer import byte_tokenizer
 from uhd_jax.generation.assistant import Assistant, PromptError, _room
@@ -89,10 +91,30 @@ def test_a_rows_sample_does_not_depend_on_the_other_rows():
     np.testing.assert_array_equal(many[:2], few)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}], ids=str)
-def test_impossible_sampling(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        Sampling(**bad)
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", value) for value in (-1.0, NAN, INFINITE, "warm", None)),
+        *(("top_k", value) for value in (-1, 2.0)),
+        *(("top_p", value) for value in (0.0, 1.5, NAN)),
+        *(("seed", value) for value in (-1, 2**32, 1.0)),
+    ],
+)
+def test_impossible_sampling(model, name, value):
+    with pytest.raises(ValueError, match=f"{name}={re.escape(repr(value))}: must be a"):
+        model.generate("Hello", **{name: value})
+
+
+def test_sampling_at_the_ends_of_its_ranges(model):
+    def sample(**options):
+        return model.generate("Hello", max_new_tokens=4, **{"temperature": 1.5, "seed": 2**32 - 1} | options)
+
+    assert sample(top_k=2**40) == sample()
+    assert sample(top_p=1e-320) == model.generate("Hello", max_new_tokens=4)  # 0 in float32
+    assert isinstance(sample(temperature=1e300), str)
 
 
 def test_marks_in_a_prompt_are_text(model):
@@ -117,6 +139,64 @@ def test_prompts_that_cannot_be_answered(model, tmp_path):
         with pytest.raises(PromptError, match="for one image write images="):
             model.generate("Hello", one)
     assert model.generate([]) == []
+
+
+@pytest.mark.parametrize("prompt", [b"Hello", None, 3, {"Hello": 1}], ids=str)
+def test_what_is_no_prompt(model, prompt):
+    with pytest.raises(PromptError, match=f"must be text .str., not {type(prompt).__name__}"):
+        model.prepare(prompt)
+    with pytest.raises(PromptError, match=f"text .str. or a list of texts, not {type(prompt).__name__}"):
+        model.generate(prompt)
+
+
+def test_a_prompt_with_bytes_that_are_not_utf8(model):
+    prompt = os.fsdecode(b"What?\xff")
+    with pytest.raises(PromptError, match=r"character 5 is the lone surrogate '\\udcff'; give the prompt in UTF-8"):
+        model.generate(prompt)
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, "3"])
+def test_an_impossible_length_of_answers(model, count):
+    with pytest.raises(PromptError, match="max_new_tokens=.*at least 1"):
+        model.generate("Hello", max_new_tokens=count)
+
+
+@pytest.mark.parametrize("images", [[SMALL, SMALL], ["a.png", "b.png"], [[SMALL], SMALL], SMALL, "ab"])
+def test_images_of_a_batch_that_are_not_one_list_per_prompt(model, images):
+    with pytest.raises(PromptError, match="a list of images for each: images="):
+        model.generate(["Hello", "you"], images)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "images", "kind", "part"),
+    [
+        (b"Hello", [], PromptError, "must be text"),
+        ("x" * 500, [], PromptError, "max_length=400"),
+        ("x" * 330, [], PromptError, "max_new_tokens=80"),
+        ("Hello", ["missing.png"], ImageRefused, "missing.png"),
+        ("Hello", [3], TypeError, "not int"),
+    ],
+)
+def test_the_errors_of_a_batch_name_the_prompt(model, prompt, images, kind, part):
+    with pytest.raises(kind, match=rf"prompt\[1\]: .*{part}"):
+        model.generate(["Hello", prompt], [[], images], max_new_tokens=80)
+
+
+@pytest.mark.parametrize(
+    ("ids", "part"),
+    [
+        ([], "but is empty"),
+        ([1.5], r"but is float64\[1\]"),
+        ([[1, 2]], r"but is int64\[1, 2\]"),
+        ("Hello", "but is <U5"),
+        ([1, 272], r"token_ids\[1\] is 272, but the model's ids go from 0 to 271"),
+        ([-1], r"token_ids\[0\] is -1"),
+        ([2**40], "is 1099511627776"),
+    ],
+)
+def test_logits_of_what_are_no_ids(model, ids, part):
+    with pytest.raises(PromptError, match=part):
+        model.logits(ids)
 
 
 def test_slice_limit_and_mode_of_a_request(model):
@@ -166,3 +246,11 @@ def test_a_tokenizer_too_large_for_the_decoder(model):
     small = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, vocab_size=100))
     with pytest.raises(ValueError, match="268 ids, the decoder only 100"):
         Assistant(small, model.params, model.tokenizer)
+
+
+def test_loading_from_what_is_no_folder(tmp_path):
+    file = tmp_path / "model.bin"
+    file.write_bytes(b"")
+    for path, problem in ((file, "is a file"), (tmp_path / "nowhere", "does not exist")):
+        with pytest.raises(CheckpointError, match=f"{path.name} {problem}; give the folder"):
+            uhd_jax.load(path)

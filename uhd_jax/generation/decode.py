@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import numbers
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -26,15 +28,19 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0  # keep the k likeliest; 0 keeps all
     top_p: float = 1.0  # keep the likeliest whose probabilities reach top_p together
-    seed: int = 0
+    seed: int = 0  # below 2**32
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature: {self.temperature} is negative")
-        if self.top_k < 0:
-            raise ValueError(f"top_k: {self.top_k} is negative")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: {self.top_p} is not in (0, 1]")
+        real, whole = numbers.Real, numbers.Integral
+        self._require("temperature", real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        self._require("top_k", whole, lambda value: value >= 0, "a whole number of at least 0 (which keeps all)")
+        self._require("top_p", real, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+        self._require("seed", whole, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+
+    def _require(self, name: str, kind: type, allowed: Callable[[Any], bool], what: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, kind) or not allowed(value):
+            raise ValueError(f"{name}={value!r}: must be {what}")
 
 
 @functools.partial(jax.jit, static_argnames=("greedy",))
@@ -43,12 +49,11 @@ def _choose(logits, keys, temperature, top_k, top_p, greedy):
         return jnp.argmax(logits, axis=-1)
     logits = logits / temperature
     order = jnp.sort(logits, axis=-1)[:, ::-1]
-    kept = jnp.where(top_k > 0, top_k, logits.shape[-1])
-    kth = jnp.take_along_axis(order, jnp.minimum(kept, logits.shape[-1])[None, None] - 1, axis=-1)
+    kth = order[:, top_k - 1, None]
     probabilities = jax.nn.softmax(order, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the likelier tokens
     count = jnp.sum(before < top_p, axis=-1, keepdims=True)
-    nucleus = jnp.take_along_axis(order, count - 1, axis=-1)
+    nucleus = jnp.take_along_axis(order, jnp.maximum(count, 1) - 1, axis=-1)
     logits = jnp.where(logits >= jnp.maximum(kth, nucleus), logits, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, logits)
 
@@ -62,7 +67,9 @@ def choose_tokens(logits: jax.Array, sampling: Sampling, step: int) -> jax.Array
     key = jax.random.fold_in(jax.random.key(sampling.seed), step)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
     greedy = sampling.temperature == 0
-    return _choose(logits, keys, max(sampling.temperature, 1e-6), sampling.top_k, sampling.top_p, greedy)
+    vocab_size = logits.shape[-1]
+    top_k = min(sampling.top_k or vocab_size, vocab_size)
+    return _choose(logits, keys, max(sampling.temperature, 1e-6), top_k, sampling.top_p, greedy)
 
 
 def generate_tokens(
@@ -83,7 +90,7 @@ def generate_tokens(
       params: the model's parameters.
       config: the model.
       batch: one prompt per row from its left end, segments 1 on it and 0 behind; a row of padding only yields [].
-      max_new_tokens: at most so many tokens per row.
+      max_new_tokens: at most so many tokens per row, at least 1.
       stop: ids that end a row's answer; the id itself is not part of the answer.
       sampling: greedy or not.
       cache_length: room for the longest prompt plus the answer.
@@ -94,12 +101,10 @@ def generate_tokens(
       The answer's ids, per row.
     """
     lengths = np.sum(np.asarray(batch.segments) > 0, axis=1)
-    if max_new_tokens and lengths.max() + max_new_tokens - 1 > cache_length:
+    if lengths.max() + max_new_tokens - 1 > cache_length:
         raise ValueError(f"{lengths.max()} prompt and {max_new_tokens} new tokens exceed the cache of {cache_length}")
     answers: list[list[int]] = [[] for _ in lengths]
     running = lengths > 0
-    if not max_new_tokens:
-        return answers
     logits, cache = uhd.prefill(params, batch, config, cache_length, mode)
     for step in range(max_new_tokens):
         chosen = choose_tokens(logits, sampling, step)
