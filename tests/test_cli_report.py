@@ -25,7 +25,9 @@ def finished_run(tmp_path):
     write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     trained = {"name": "d", "seed": 3, "steps": 4, "train_seconds": 9.5, "devices": "1 x cpu", "versions": {}}
     write("trained.json", trained)
-    write("evaluation.json", {"accuracy_with_slices": 0.9, "accuracy_thumbnail_only": 0.1, "chance": 0.125, "pages": 7})
+    scores = {"accuracy_with_slices": 0.9, "accuracy_thumbnail_only": 0.1, "chance": 0.125, "pages": 7}
+    questions = {"questions_with_slices": 0.3, "questions_thumbnail_only": 0.2, "questions_chance": 0.25}
+    write("evaluation.json", scores | questions | {"answers": [{"question": "?"}]})
     return write, tmp_path
 
 
@@ -36,12 +38,9 @@ def test_report(capsys, finished_run):
     assert status == 0
     report = json.loads(out)
     assert report == json.loads((directory / "report.json").read_text())
-    assert {key: report[key] for key in ("seed", "accuracy_with_slices", "accuracy_thumbnail_only", "chance")} == {
-        "seed": 3,
-        "accuracy_with_slices": 0.9,
-        "accuracy_thumbnail_only": 0.1,
-        "chance": 0.125,
-    }
+    evaluation = json.loads((directory / "evaluation.json").read_text())
+    del evaluation["answers"]
+    assert report.items() >= {"seed": 3, **evaluation}.items() and "answers" not in report
     assert (report["train_seconds"], report["total_seconds"]) == (80, 105)
     assert "accuracy_thumbnail_trained" not in report
     assert report["stages"][1] == {"name": "pages", "first_loss": 1.5, "last_loss": 0.5, "steps": 2, "compilations": 1}
@@ -74,6 +73,10 @@ def test_report_without_the_quickstart_has_the_time_of_training_only(capsys, fin
         ("metrics.jsonl", None, "missing"),
         ("metrics.jsonl", "", "no records"),
         ("metrics.jsonl", '{"stage": 1', "line 1"),
+        ("metrics.jsonl", '{"stage": "a"}', "line 1 lacks step, stage_step, loss, compilations"),
+        ("trained.json", "[]", "lacks a JSON object"),
+        ("trained.json", '{"name": "d"}', "lacks seed, steps"),
+        ("control/evaluation.json", "{}", "lacks accuracy_thumbnail_only"),
         ("elapsed.txt", "train soon\n", "train soon"),
     ],
 )
@@ -86,3 +89,10 @@ def test_report_refuses(capsys, finished_run, file, content, part):
     assert status == 1
     assert_one_line(err, file, part)
     assert not (directory / "report.json").exists()
+
+
+def test_report_refuses_bytes_that_are_no_text(capsys, finished_run):
+    (finished_run[1] / "metrics.jsonl").write_bytes(b"\xff\n")
+    status, _, err = call(capsys, "report", str(finished_run[1]))
+    assert status == 1
+    assert_one_line(err, "metrics.jsonl is not text")

@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib import ticker  # noqa: E402
 
 _LINE = "#1f5fa8"
+_FEW = 20  # points; a stage that has fewer shows each
 
 
 def losses(records: Sequence[Mapping[str, Any]], title: str) -> plt.Figure:
@@ -36,14 +37,16 @@ def losses(records: Sequence[Mapping[str, Any]], title: str) -> plt.Figure:
         for panel, (name, points) in zip(panels[0], stages.items(), strict=True):
             steps, values = np.array(points, np.float64).T
             finite = np.isfinite(values)
-            panel.plot(steps, values, color=_LINE, alpha=0.3, linewidth=1)
-            panel.plot(steps[finite], _smooth(values[finite]), color=_LINE, linewidth=2)
-            note = f"last {values[-1]:.3g}" + (f"\n{(~finite).sum()} not finite" if not finite.all() else "")
-            panel.text(0.97, 0.97, note, transform=panel.transAxes, ha="right", va="top")
-            panel.set_title(name, fontsize=10)
+            marker = "o" if len(points) < _FEW else None  # one point makes no line
             panel.set_yscale("log")
+            panel.plot(steps, values, color=_LINE, alpha=0.3, linewidth=1)
+            panel.plot(steps[finite], _smooth(values[finite]), color=_LINE, linewidth=2, marker=marker, markersize=4)
+            lost = f", {(~finite).sum()} not finite" if not finite.all() else ""
+            panel.set_title(f"{name}\nlast {values[-1]:.3g}{lost}", fontsize=10)
+            beyond = max(0.9, 0.05 * (steps[-1] - steps[0]))
+            panel.set_xlim(steps[0] - beyond, steps[-1] + beyond)  # also where no loss was finite
             panel.grid(alpha=0.25)
-            panel.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
+            panel.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True, min_n_ticks=1))
             panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
             panel.yaxis.set_minor_formatter(ticker.NullFormatter())

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ACCURACIES = ("accuracy_with_slices", "accuracy_thumbnail_only", "chance")
+TRAINED = ("name", "seed", "steps", "train_seconds", "devices", "versions")
+RECORD = ("stage", "step", "stage_step", "loss", "compilations")
 
 
 class ReportError(RuntimeError):
@@ -20,7 +22,7 @@ class ReportError(RuntimeError):
 
 
 def gather(directory: Path) -> dict[str, Any]:
-    """The report of a run, with JSON types only.
+    """The report of a run, with JSON types only: every score of its evaluation, times, losses and versions.
 
     Times are wall seconds, interrupted attempts included. `seconds` lists the quickstart's steps, `total_seconds` is
     their sum.
@@ -28,17 +30,19 @@ def gather(directory: Path) -> dict[str, Any]:
     Raises:
       ReportError: the run is not trained and evaluated, or a file is damaged.
     """
-    trained, evaluation = _read(directory / "trained.json"), _read(directory / "evaluation.json")
+    if not directory.is_dir():
+        raise ReportError(f"{directory}: is not a folder; name the folder of a run")
+    trained, evaluation = _read(directory / "trained.json", TRAINED), _read(directory / "evaluation.json")
     seconds = elapsed(directory)
     report = {
         "name": trained["name"],
         "seed": trained["seed"],
-        **{key: evaluation[key] for key in ACCURACIES},
+        **{key: value for key, value in evaluation.items() if isinstance(value, int | float)},
         "train_seconds": seconds.get("train", trained["train_seconds"]),
     }
     control = directory / "control" / "evaluation.json"
     if control.exists():
-        report["accuracy_thumbnail_trained"] = _read(control)["accuracy_thumbnail_only"]
+        report["accuracy_thumbnail_trained"] = _read(control, ("accuracy_thumbnail_only",))["accuracy_thumbnail_only"]
     if seconds:
         report |= {"total_seconds": sum(seconds.values()), "seconds": seconds}
     return report | {
@@ -53,14 +57,11 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl; a loss that was not finite is None.
 
     Raises:
-      ReportError: the file is missing, or a line is not JSON.
+      ReportError: the file is missing, or a line is no record.
     """
-    path, records = directory / "metrics.jsonl", []
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ReportError(f"{path}: line {number} is not JSON ({error})") from error
+    path = directory / "metrics.jsonl"
+    lines = enumerate(_text(path).splitlines(), 1)
+    records = [_parsed(line, f"{path}: line {number}", RECORD) for number, line in lines]
     if not records:
         raise ReportError(f"{path}: holds no records; train longer than train.log_every steps")
     return records
@@ -89,15 +90,26 @@ def elapsed(directory: Path) -> dict[str, int]:
     return spent
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
+    return _parsed(_text(path), str(path), keys)
+
+
+def _parsed(text: str, name: str, keys: Sequence[str]) -> dict[str, Any]:
+    """A JSON object that has the keys."""
     try:
-        return json.loads(_text(path))
+        value = json.loads(text)
     except ValueError as error:
-        raise ReportError(f"{path}: is not JSON ({error})") from error
+        raise ReportError(f"{name} is not JSON ({error})") from error
+    lacking = [key for key in keys if key not in value] if isinstance(value, dict) else ["a JSON object"]
+    if lacking:
+        raise ReportError(f"{name} lacks {', '.join(lacking)}; make it again")
+    return value
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ReportError(f"{path}: missing; train and evaluate the run before its report") from None
+    except UnicodeDecodeError as error:
+        raise ReportError(f"{path} is not text ({error})") from error
