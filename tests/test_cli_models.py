@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import sys
 
 import pytest
 from command_line import assert_one_line, call
 
 import uhd_jax
+from uhd_jax.cli import main
 
 
 def test_cost(capsys, config_file):
@@ -22,6 +26,26 @@ def test_cost(capsys, config_file):
     assert longer["forward_flops"]["decoder"] > costs["forward_flops"]["decoder"]
     status, out, _ = call(capsys, *argv)
     assert status == 0 and f"{costs['parameters']['total']:,}" in out
+
+
+def test_cost_counts_each_stage_with_its_own_slicing(capsys, config_file):
+    argv = ("cost", f"--config={config_file}", "--image-size=224x336", "--text-tokens=9")
+    costs = json.loads(call(capsys, *argv, "--json")[1])
+    (full,) = costs["stages"]
+    assert (full["views"], full["visual_tokens"]) == (costs["plan"]["views"], costs["plan"]["visual_tokens"]) == (7, 28)
+    for key, value, views, visual_tokens in (("max_slices", 1, 1, 4), ("scale_resolution", 168, 3, 26)):
+        changed = json.loads(call(capsys, *argv, "--json", f"--config.train.stages[0].{key}={value}")[1])
+        assert changed["plan"] == costs["plan"] and changed["forward_flops"] == costs["forward_flops"]
+        (stage,) = changed["stages"]
+        assert (stage["views"], stage["visual_tokens"]) == (views, visual_tokens)
+        assert stage["train_flops"] != full["train_flops"] and stage["state_bytes"] == full["state_bytes"]
+
+
+def test_cost_says_what_its_bytes_are(capsys, config_file):
+    out = call(capsys, "cost", f"--config={config_file}", "--image-size=224x336")[1]
+    heading = next(line for line in out.splitlines() if line.startswith("stage"))
+    assert heading.split()[-3:] == ["parameters", "gradients", "moments"]
+    assert "MiB: parameters, gradients and the optimiser's two moments" in out and "no activations" in out
 
 
 def test_commands_that_need_a_configuration_say_so(capsys):
@@ -41,6 +65,8 @@ def test_commands_that_need_a_configuration_say_so(capsys):
         ("--top-k=-1", "'-1'"),
         ("--max-new-tokens=0", "'0'"),
         ("--seed=x", "'x'"),
+        ("--seed=4294967296", "'4294967296' is not a whole number from 0 to 2147483647"),
+        ("--max-new-tokens=4294967296", "'4294967296' is not a whole number from 1 to 2147483647"),
         ("--config=x.py", "--config=x.py"),
     ],
 )
@@ -70,6 +96,23 @@ def test_generate_streams_or_prints_json(capsys, monkeypatch, tmp_path):
     out = call(capsys, *argv, "--json", f"--out={tmp_path / 'answer.json'}")[1]
     assert json.loads(out) == {"prompt": "What?", "images": ["a.png", "b.png"], "answer": "four two"}
     assert json.loads((tmp_path / "answer.json").read_text()) == json.loads(out)
+
+
+def test_generate_shows_what_the_output_can_and_keeps_the_rest(monkeypatch, tmp_path):
+    class Foreign:
+        def generate(self, prompt, images, stream, **options):
+            return (stream or str)("h\u00e9 \U0001f600") or "h\u00e9 \U0001f600"
+
+    monkeypatch.setitem(vars(uhd_jax), "load", lambda directory: Foreign())
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    image = os.fsdecode(b"\xff.png")
+    argv = ["generate", "--checkpoint=c", "--prompt=h\u00e9?", f"--image={image}", f"--out={tmp_path / 'a.json'}"]
+    assert main(argv) == main([*argv, "--json"]) == 0
+    sys.stdout.flush()
+    answer, printed = sys.stdout.buffer.getvalue().decode("ascii").splitlines()
+    assert answer == "h? ?"
+    expected = {"prompt": "h\u00e9?", "images": [image], "answer": "h\u00e9 \U0001f600"}
+    assert json.loads(printed) == json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == expected
 
 
 def test_train_then_answer(capsys, config_file, image_file, tmp_path):

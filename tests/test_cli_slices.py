@@ -8,6 +8,8 @@ import pytest
 from command_line import assert_one_line, call
 from PIL import Image
 
+from uhd_jax.slicing import viewer
+
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
@@ -79,7 +81,17 @@ def test_slices_refuses_files(capsys, tmp_path, image_file, content):
     path = tmp_path / "bad.png"
     with open(image_file, "rb") as file:
         path.write_bytes(file.read()[:2000] if content is None else content)
-    status, _, err = call(capsys, "slices", str(path), f"--out={tmp_path / 'out.png'}")
-    assert status == 1
-    assert_one_line(err, "bad.png")
+    for flags in ([], ["--json"], [f"--out={tmp_path / 'out.png'}"]):
+        status, out, err = call(capsys, "slices", str(path), *flags)
+        assert (status, out) == (1, "")
+        assert_one_line(err, "bad.png")
     assert not (tmp_path / "out.png").exists()
+
+
+def test_the_picture_is_headed_by_the_name_of_the_file(capsys, image_file, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(
+        viewer, "draw_slices", lambda image, plan, title: titles.append(title) or Image.new("RGB", (9, 9))
+    )
+    assert call(capsys, "slices", image_file, f"--out={tmp_path / 'out.png'}")[0] == 0
+    assert titles == ["image.png"]

@@ -1,5 +1,7 @@
 """The picture of a plan: everything of it is drawn, at every size and shape."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -73,6 +75,7 @@ def test_a_title_of_any_length_fits():
     assert short.size == long.size
     assert (np.asarray(long)[:, -40:] == WHITE).all()
     assert draw_slices(image, plan).height < short.height
+    assert draw_slices(image, plan, os.fsdecode(b"\xff.png")).size == short.size  # a name that is not UTF-8
 
 
 def test_an_image_of_another_size_is_an_error():

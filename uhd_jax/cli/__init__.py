@@ -29,7 +29,7 @@ COMMANDS = {
     "slices": "show how an image is cut: as a table, as JSON, as a picture",
     "evaluate": "score a trained model on a task",
     "report": "gather a run's results and draw its losses",
-    "cost": "parameters, FLOPs, visual tokens and memory of a configuration",
+    "cost": "parameters, FLOPs, visual tokens and training state of a configuration",
 }
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from uhd_jax.slicing.plan import Size
 
+LARGEST = 2**31 - 1  # of numbers on the command line: what int32 holds
+
 
 class UsageError(Exception):
     """The command line itself is wrong."""
@@ -28,16 +30,16 @@ def size(text: str) -> Size:
 
 
 def positive(text: str) -> int:
-    """An integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    """An integer from 1 to `LARGEST`."""
+    if not text.isdecimal() or not 1 <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {LARGEST}")
     return int(text)
 
 
 def not_negative(text: str) -> int:
-    """An integer of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    """An integer from 0 to `LARGEST`."""
+    if not text.isdecimal() or int(text) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {LARGEST}")
     return int(text)
 
 
@@ -56,25 +58,51 @@ def fraction(text: str) -> float:
     return value
 
 
+def folder(text: str) -> Path:
+    """A folder that is there or can be made."""
+    path = Path(text)
+    there = next(path for path in (path, *path.parents) if path.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be a folder: {there} is a file")
+    return path
+
+
+def file_to_write(text: str) -> Path:
+    """A file in a folder that is there. Known before the work begins, not when its result is lost."""
+    path = Path(text)
+    if not text or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {path.parent}; make it first")
+    return path
+
+
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path that becomes `path` at the end: a result is whole or not there, never half.
 
     A link is followed. A device or pipe, such as /dev/stdout, is written to: replacing it would destroy it.
     """
-    path = Path(path).resolve()
+    path = Path(path)
     if path.exists() and not path.is_file():
         yield path
         return
+    path = path.resolve()
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename == str(partial):  # not a name that the user knows
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a value as a JSON file."""
+    """Writes a value as a JSON file. A byte that is not UTF-8, as in the name of a file, becomes its JSON escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")

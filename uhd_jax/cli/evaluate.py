@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-from pathlib import Path
 
-from uhd_jax.cli.common import write_json
+from uhd_jax.cli.common import file_to_write, write_json
 from uhd_jax.config import RunConfig
 
 CONFIG = "none"
@@ -23,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `uhd-jax evaluate`."""
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the folder of a training run or of a model")
     parser.add_argument("--task", required=True, choices=TASKS, help="what is asked")
-    parser.add_argument("--out", required=True, type=Path, metavar="F.json", help="where scores and answers go")
+    parser.add_argument(
+        "--out", required=True, type=file_to_write, metavar="F.json", help="where scores and answers go"
+    )
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
 
 
@@ -32,7 +33,6 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
     import uhd_jax
 
     task = importlib.import_module(TASKS[arguments.task])
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = task.evaluate(uhd_jax.load(arguments.checkpoint), arguments.out.parent)
     write_json(arguments.out, result)
     scores = {key: value for key, value in result.items() if isinstance(value, int | float | str)}

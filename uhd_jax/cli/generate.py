@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
-from uhd_jax.cli.common import fraction, not_negative, number, positive, write_json
+from uhd_jax.cli.common import file_to_write, fraction, not_negative, number, positive, write_json
 from uhd_jax.config import MODES, RunConfig
 
 CONFIG = "none"
@@ -26,13 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=number, default=0.0, metavar="X", help="0 always takes the likeliest token (default)"
     )
-    parser.add_argument("--top-p", type=fraction, default=1.0, metavar="X", help="sample from the likeliest only")
+    parser.add_argument(
+        "--top-p", type=fraction, default=1.0, metavar="X", help="likeliest share to sample from; 1: all"
+    )
     parser.add_argument("--top-k", type=not_negative, default=0, metavar="N", help="sample from N tokens; 0: from all")
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="seed of sampling")
     parser.add_argument("--mode", choices=MODES, help="compression (default: the model's)")
     parser.add_argument("--max-slices", type=positive, metavar="N", help="replaces the model's limit")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the bare answer")
-    parser.add_argument("--out", metavar="F.json", help="also write the JSON to a file")
+    parser.add_argument("--out", type=file_to_write, metavar="F.json", help="also write the JSON to a file")
 
 
 def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
@@ -49,9 +52,14 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
         seed=arguments.seed,
         max_slices=arguments.max_slices,
         mode=arguments.mode,
-        stream=None if arguments.json else lambda text: print(text, end="", flush=True),
+        stream=None if arguments.json else _show,
     )
     result = {"prompt": arguments.prompt, "images": arguments.image, "answer": answer}
-    print(json.dumps(result, ensure_ascii=False) if arguments.json else "")
+    print(json.dumps(result) if arguments.json else "")
     if arguments.out:
         write_json(arguments.out, result)
+
+
+def _show(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"  # which may lack letters of the answer
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
-from uhd_jax.cli.common import UsageError, positive, size, whole_file
+from uhd_jax.cli.common import UsageError, file_to_write, positive, size, whole_file
 from uhd_jax.config import MODES, RunConfig, SlicingConfig, TowerConfig
 from uhd_jax.slicing import image_io
-from uhd_jax.slicing.plan import Plan, make_plan
+from uhd_jax.slicing.plan import Plan, Size, make_plan, plan_image
 
 CONFIG = "optional"
 V4_LEVELS = {"16x": 2, "4x": 1}  # the compressor and one merging round; 4x leaves the compressor out
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=MODES, help="compression (default: the configuration's, else 16x)")
     parser.add_argument("--max-slices", type=positive, metavar="N", help="replaces the configuration's limit")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    parser.add_argument("--out", metavar="F.png", help="draw the image with its views into this file")
+    parser.add_argument("--out", type=file_to_write, metavar="F.png", help="draw the image with its views into it")
 
 
 def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
@@ -38,14 +39,18 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
     if arguments.out and arguments.image is None:
         raise UsageError("--out draws an image: give IMAGE instead of --size")
     slicing = config.model.slicing if config else SlicingConfig()
-    patch_size = config.model.tower.patch_size if config else TowerConfig().patch_size
-    levels = config.model.merge_levels(arguments.mode) if config else V4_LEVELS[arguments.mode or "16x"]
-    image_size = arguments.size or image_io.read_size(arguments.image, slicing.limits)
-    plan = make_plan(image_size, slicing, patch_size, levels, arguments.max_slices)
+    # Decoded for the table too, which its header would be enough for: a user wants to know that a file is damaged.
+    pixels = None if arguments.size else image_io.open_image(arguments.image, slicing.limits)
+    image_size = arguments.size or Size(*pixels.shape[:2])
+    if config:
+        plan = plan_image(image_size, config.model, arguments.mode, arguments.max_slices)
+    else:
+        levels = V4_LEVELS[arguments.mode or "16x"]
+        plan = make_plan(image_size, slicing, TowerConfig().patch_size, levels, arguments.max_slices)
     if arguments.out:
         from uhd_jax.slicing import viewer
 
-        picture = viewer.draw_slices(image_io.open_image(arguments.image, slicing.limits), plan)
+        picture = viewer.draw_slices(pixels, plan, os.path.basename(arguments.image))
         with whole_file(arguments.out) as partial:
             picture.save(partial, format="PNG")
     print(json.dumps(plan.to_json()) if arguments.json else _table(plan))
@@ -60,6 +65,8 @@ def _table(plan: Plan) -> str:
     rows.append(("together", len(plan.views), "", "", plan.patches, plan.visual_tokens))
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-             for row in cells]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
     return "\n".join([f"image {plan.image} (height x width): {grid}", *(line.rstrip() for line in lines)])

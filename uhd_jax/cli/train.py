@@ -9,9 +9,8 @@ checkpoint, training goes on from there. SIGTERM saves and leaves with status 0,
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from uhd_jax.cli.common import write_json
+from uhd_jax.cli.common import folder, write_json
 from uhd_jax.config import RunConfig
 
 CONFIG = "required"
@@ -19,7 +18,9 @@ CONFIG = "required"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `uhd-jax train`."""
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where everything goes; made if absent")
+    parser.add_argument(
+        "--workdir", type=folder, required=True, metavar="DIR", help="where everything goes; made if absent"
+    )
 
 
 def run(arguments: argparse.Namespace, config: RunConfig | None) -> int:
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> int:
     from uhd_jax.training.batches import make_batches
     from uhd_jax.training.loop import train
 
-    workdir = Path(arguments.workdir)
+    workdir = arguments.workdir
     if not any((workdir / checkpoint.FOLDER).glob("*")):
         # What answers later needs the tokenizer of the training, which may be gone from its own place by then.
         tokenizer = load_tokenizer(config.model.chat.tokenizer, config.model.chat)
