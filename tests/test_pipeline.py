@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import threading
 import time
 
 import numpy as np
@@ -23,11 +24,12 @@ from uhd_jax.config import (
 )
 from uhd_jax.data.chat import ChatError, ImagePart, Message
 from uhd_jax.data.demo import DigitPages
-from uhd_jax.data.pipeline import FEWER_SLICES, REFUSED, TOO_LONG, UNTRAINED, PipelineError, make_iterator
+from uhd_jax.data.pipeline import CLOSING, REPORTS, make_iterator
 from uhd_jax.data.sources import Records
 from uhd_jax.data.tokenizer import byte_tokenizer
+from uhd_jax.data.windows import FEWER_SLICES, REFUSED, TOO_LONG, UNTRAINED, PipelineError
 from uhd_jax.slicing.pixels import cut_views
-from uhd_jax.slicing.plan import Size, make_plan
+from uhd_jax.slicing.plan import ImageRefused, Size, make_plan
 
 TOKENIZER = byte_tokenizer()
 MODEL = ModelConfig(
@@ -230,17 +232,18 @@ def test_too_long_for_all_slices_gets_fewer_and_is_counted(caplog):
 
 
 def test_samples_without_answers_are_counted():
-    class Silent(Numbered):
+    class OneSilent(Numbered):
         def messages(self, index):
             return super().messages(index)[: 1 if index == 5 else 2]
 
-    batches = iterator(Silent(count=12), train={"packing_window": 12})
+    batches = iterator(OneSilent(count=12), train={"packing_window": 12})
     infos = [info for _, info in take(batches, 3)]
     assert infos[-1].counters[UNTRAINED] >= 1
     batches.close()
 
 
-def test_broken_images_are_skipped_counted_and_named(tmp_path, caplog):
+def broken_records(tmp_path):
+    """Eight samples with an image each, of which 3, 5 and 6 cannot be read."""
     rng = np.random.default_rng(0)
     names = [f"{i}.png" for i in range(8)]
     for name in names:
@@ -259,7 +262,12 @@ def test_broken_images_are_skipped_counted_and_named(tmp_path, caplog):
         }
         for i, name in enumerate(names)
     ]
-    batches = iterator(Records(records, folder=tmp_path), packed_length=64, train={"packing_window": 8})
+    return Records(records, folder=tmp_path)
+
+
+def test_broken_images_are_skipped_counted_and_named(tmp_path, caplog):
+    source = broken_records(tmp_path)
+    batches = iterator(source, packed_length=64, train={"packing_window": 8})
     seen, info = [], None
     with caplog.at_level(logging.WARNING):
         while batches.get_state()["position"]["start"] < 80:
@@ -268,17 +276,95 @@ def test_broken_images_are_skipped_counted_and_named(tmp_path, caplog):
             assert not batch.segments.any(axis=-1).all() or 3 not in seen
     assert set(seen) == {0, 1, 2, 4, 7}
     assert info.counters[REFUSED] >= 20
-    assert all(f"{i}.png" in caplog.text for i in (3, 5, 6)) and "sample 3" in caplog.text
+    # Each once, though there were ten epochs, by its line in the file.
+    said = sorted(message.split(": ")[:3] for message in caplog.messages)
+    assert said == [[f"records:{i + 1}", REFUSED, f"{tmp_path}/{i}.png"] for i in (3, 5, 6)]
     state = batches.get_state()
     batches.close()
-    resumed = iterator(Records(records, folder=tmp_path), packed_length=64, train={"packing_window": 8})
+    resumed = iterator(source, packed_length=64, train={"packing_window": 8})
     resumed.set_state(state)
     assert next(resumed)[1].counters[REFUSED] >= info.counters[REFUSED]
     resumed.close()
 
 
+class Silent(Numbered):
+    """Every second sample has no answer."""
+
+    def messages(self, index):
+        return super().messages(index)[: 1 + index % 2]
+
+
+def test_of_very_many_only_the_first_are_named(caplog):
+    batches = iterator(Silent(count=120), packed_length=256, train={"packing_window": 120})
+    with caplog.at_level(logging.WARNING):
+        infos = [info for _, info in take(batches, 8)]
+    batches.close()
+    assert infos[-1].counters[UNTRAINED] >= 60
+    assert len(caplog.messages) == REPORTS + 1
+    assert all(f": {UNTRAINED}: no answer" in message for message in caplog.messages[:-1])
+    assert caplog.messages[-1] == f"{UNTRAINED}: further ones are only counted, as data/{UNTRAINED} in the metrics"
+
+
+def test_what_worker_processes_find_is_logged_here(tmp_path, caplog):
+    source = broken_records(tmp_path)
+    batches = iterator(source, packed_length=64, train={"packing_window": 8, "data_workers": 1})
+    with caplog.at_level(logging.WARNING):
+        take(batches, 3)
+    batches.close()
+    assert sorted(message.split(":")[1] for message in caplog.messages) == ["4", "6", "7"]
+
+
+def test_a_waiting_sample_whose_image_has_gone_is_dropped_on_resume():
+    class Going(Numbered):
+        gone = frozenset()
+
+        def sizes(self, index):
+            if index in self.gone:
+                raise ImageRefused("gone")
+            return super().sizes(index)
+
+        def messages(self, index):
+            return Numbered().messages(index)
+
+    options = {"train": {"prefetch": 0}, "buckets": (BucketConfig(slots=6, tokens=160, patches=96),)}
+    batches = iterator(source := Going(), **options)
+    while not (state := batches.get_state())["position"]["carried"] or state["position"]["batch"]:
+        next(batches)
+    source.gone = {int(batches._planner._stream[place]) for place in state["position"]["carried"]}
+    resumed = iterator(source, **options)
+    resumed.set_state(state)
+    batch, info = next(resumed)
+    assert source.gone.isdisjoint(numbers_of(batch))
+    assert info.counters[REFUSED] >= len(source.gone)
+    batches.close(), resumed.close()
+
+
+def test_closing_does_not_wait_for_a_sample_that_hangs():
+    class Hanging(Numbered):
+        reached, released = threading.Event(), threading.Event()
+
+        def images(self, index):
+            self.reached.set()
+            self.released.wait()
+            return super().images(index)
+
+    batches = iterator(source := Hanging())
+    fetching = threading.Thread(target=lambda: next(batches, None), daemon=True)
+    fetching.start()
+    source.reached.wait()
+    batches.close()
+    (closing,) = (thread for thread in threading.enumerate() if thread.name == CLOSING)
+    source.released.set()
+    closing.join()
+    reference = iterator(Numbered())
+    assert equal(next(batches)[0], next(reference)[0])  # nothing was skipped
+    batches.close(), reference.close()
+
+
 def test_a_source_of_nothing_usable_is_an_error_not_a_hang():
-    with pytest.raises(PipelineError, match=f"no sample of the source 'test' is usable: {TOO_LONG} "):
+    with pytest.raises(
+        PipelineError, match=f"no sample of the source 'test' is usable: {TOO_LONG} .*; for example source test, sample"
+    ):
         next(iterator(Numbered(answer="{}" + "x" * 200)))
     with pytest.raises(PipelineError, match="empty"):
         iterator(Numbered(count=0))

@@ -1,24 +1,20 @@
 """The input pipeline: shuffled samples, packed in windows, rendered ahead of the device, resumable at any batch.
 
-Samples stand in an endless stream, shuffled anew in every epoch. A *window* is the next stretch of the stream together
-with the samples that the window before left over; it is encoded and packed from sizes and texts alone. So a position is
-three things: where the next window starts, what was left over, and how many of the window's batches are out. Nothing in
-it depends on prefetching, on worker processes or on the number of hosts, and a run resumed from it continues with the
-same batches, bit for bit.
+`data.windows` decides which samples share which batch, and what a position is. Nothing in that depends on prefetching,
+on worker processes or on the number of hosts, and a run resumed from a position continues with the same batches, bit
+for bit.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
-import json
 import logging
 import os
-import sys
+import threading
 import weakref
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -26,30 +22,30 @@ import numpy as np
 from absl import flags
 
 from uhd_jax.batch import Batch, Bucket
-from uhd_jax.config import BucketConfig, ConfigError, ModelConfig, StageConfig, TrainConfig, to_dict
-from uhd_jax.data.buckets import Fill, PackedBatch, fill_of, form_batches, patch_work, plan_buckets
-from uhd_jax.data.chat import ChatError, EncodedSample, encode_chat
-from uhd_jax.data.packing import encode_to_fit, fill_batch
+from uhd_jax.config import ConfigError, ModelConfig, StageConfig, TrainConfig
+from uhd_jax.data.buckets import Fill, fill_of
+from uhd_jax.data.chat import EncodedSample
+from uhd_jax.data.packing import fill_batch
 from uhd_jax.data.sources import Source
 from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
+from uhd_jax.data.windows import (
+    COUNTERS,
+    REFUSED,
+    START,
+    PipelineError,
+    Position,
+    Problem,
+    Window,
+    WindowPlanner,
+)
 from uhd_jax.slicing.pixels import cut_views
-from uhd_jax.slicing.plan import ImageRefused, plan_image
+from uhd_jax.slicing.plan import ImageRefused
 
-PLANNING_SAMPLES = 2048  # that the bucket planner sees
-FINGERPRINT_SAMPLES = 256  # evenly spaced, whose texts tell one source from another
-
-# Counters: what happened to samples that are not trained on as they are.
-FEWER_SLICES = "samples_with_fewer_slices"  # to fit into a row
-TOO_LONG = "samples_dropped_too_long"  # even with one view per image
-REFUSED = "samples_dropped_bad_image"  # `ImageRefused` on opening or on decoding
-UNTRAINED = "samples_dropped_without_answer"
-COUNTERS = (FEWER_SLICES, TOO_LONG, REFUSED, UNTRAINED)
+REPORTS = 20  # samples per stage and counter that are named in the log
+CLOSE_SECONDS = 1.0  # for which the end of a sample that is being read is waited for
+CLOSING = "uhd_jax-close"  # name of the threads that wait longer
 
 logger = logging.getLogger(__name__)
-
-
-class PipelineError(ValueError):
-    """The pipeline cannot go on: nothing usable in the source, or a state that belongs to another run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +105,10 @@ class BatchIterator:
         self._planner = planner
         self._train = train
         self._process = process
-        self._position = _START
+        self._position = START
         self._counters = Counter(dict.fromkeys(COUNTERS, 0))
         self._running: list[grain.DatasetIterator] = []  # none or one
+        self._reported: defaultdict[str, set[int]] = defaultdict(set)
         # Also when the program ends without `close`: Grain's threads do not survive the end of the interpreter quietly.
         weakref.finalize(self, _close_all, self._running)
 
@@ -129,12 +126,25 @@ class BatchIterator:
         if not self._running:
             self._running.append(iter(self._dataset()))
         try:
-            batch, info, self._position = next(self._running[0])
+            batch, info, problems, self._position = next(self._running[0])
         except BaseException:
             self.close()  # whoever tries again gets this batch, not the one prefetched after it
             raise
-        self._counters.update(info.counters)
+        self._counters.update(problem.counter for problem in problems)
+        self._report(problems)
         return batch, dataclasses.replace(info, counters=dict(self._counters))
+
+    def _report(self, problems: Sequence[Problem]) -> None:
+        """Logs each sample once: it comes again in every epoch. Here, because workers have no log that is shown."""
+        for index, counter, reason in problems:
+            reported = self._reported[counter]
+            if index in reported or len(reported) > REPORTS:
+                continue
+            reported.add(index)
+            if len(reported) > REPORTS:
+                logger.warning("%s: further ones are only counted, as data/%s in the metrics", counter, counter)
+            else:
+                logger.warning("%s: %s: %s", self._planner.where(index), counter, reason)
 
     def get_state(self) -> dict[str, Any]:
         """Where the iterator stands, after the batches handed out (not those prefetched); JSON types only."""
@@ -158,12 +168,19 @@ class BatchIterator:
             )
         self.close()
         position = state["position"]
-        self._position = _Position(position["start"], tuple(position["carried"]), position["batch"])
+        self._position = Position(position["start"], tuple(position["carried"]), position["batch"])
         self._counters = Counter(state["counters"])
 
     def close(self) -> None:
-        """Ends the prefetch thread and worker processes; the next batch would start new ones."""
-        _close_all(self._running)
+        """Ends the prefetch thread and worker processes; the next batch would start new ones.
+
+        Returns after `CLOSE_SECONDS` at the latest. A sample that takes longer to be read than that is waited for by a
+        thread named `CLOSING`.
+        """
+        if self._running:
+            closing = threading.Thread(target=self._running.pop().close, name=CLOSING)
+            closing.start()
+            closing.join(CLOSE_SECONDS)
 
     def _dataset(self) -> grain.IterDataset:
         dataset = _RenderedBatches(self._planner, self._position, self._process)
@@ -181,134 +198,10 @@ def _close_all(iterators: list[grain.DatasetIterator]) -> None:
         iterators.pop().close()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Position:
-    """Everything a run needs to know to go on: all else follows from the configuration."""
-
-    start: int  # where in the stream the next window starts
-    carried: tuple[int, ...]  # stream places left over by the window before
-    batch: int  # batches of this window that are out
-
-
-_START = _Position(0, (), 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Window:
-    """A planned window."""
-
-    batches: list[PackedBatch]  # rows of indices into `samples`
-    samples: list[tuple[int, EncodedSample]]  # with their index in the source
-    following: _Position
-    counters: Counter  # of the samples that came in with this window
-
-
-class WindowPlanner:
-    """Decides from sizes and texts which samples share which batch; pickled into worker processes."""
-
-    def __init__(
-        self, stage: StageConfig, model: ModelConfig, train: TrainConfig, source: Source, tokenizer: Tokenizer
-    ):
-        self.stage = stage
-        self.model = model
-        self.source = source
-        self._tokenizer = tokenizer
-        self._window = train.packing_window
-        self._seed = int.from_bytes(hashlib.sha256(f"{train.seed} {stage.name}".encode()).digest()[:4])
-        if len(source) == 0:
-            raise PipelineError(f"stage {stage.name!r}: the source {stage.data.source!r} is empty")
-        self._stream = grain.MapDataset.range(len(source)).seed(self._seed).shuffle().repeat()
-        self.buckets = self._given_buckets() or self._planned_buckets()
-        data = to_dict(stage.data)
-        data["options"].pop("path", None)  # a file may be spelled differently, or moved; what stands in it counts
-        spread = np.linspace(0, len(source) - 1, min(len(source), FINGERPRINT_SAMPLES)).astype(int)
-        facts = {
-            "source": (data, len(source), [source.messages(int(index)) for index in spread], self._seed),
-            "model": (to_dict(model.slicing), to_dict(model.chat), model.tower.patch_size, model.visual_tokens(4096)),
-            "rows": (stage.rows, stage.max_slices, self._window, [to_dict(bucket) for bucket in self.buckets]),
-            "vocabulary": tokenizer.vocab_size,
-        }
-        self.fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-    def window(self, start: int, carried: tuple[int, ...]) -> _Window:
-        """Packs the samples carried over and the next ones of the stream, enough for at least one batch.
-
-        Raises:
-          PipelineError: an epoch and more has no usable sample.
-        """
-        places = list(carried)
-        samples = [self._encode(place, self.buckets)[0] for place in places]
-        counters: Counter[str] = Counter()
-        end = start
-        while True:
-            for place in range(end, end + self._window):
-                sample, counter, reason = self._encode(place, self.buckets)
-                if counter:
-                    counters[counter] += 1
-                    index = self._stream[place]
-                    logger.warning("source %s, sample %d: %s: %s", self.stage.data.source, index, counter, reason)
-                if sample:
-                    places.append(place)
-                    samples.append(sample)
-            end += self._window
-            rng = np.random.default_rng((self._seed, start))
-            needs = [sample.needs for sample in samples]
-            batches, left = form_batches(needs, len(carried), self.buckets, self.stage.rows, rng)
-            if batches:
-                indices = [int(self._stream[place]) for place in places]
-                following = _Position(end, tuple(places[i] for i in left), 0)
-                return _Window(batches, list(zip(indices, samples, strict=True)), following, counters)
-            if not samples and end - start > len(self.source):
-                raise PipelineError(
-                    f"stage {self.stage.name!r}: no sample of the source {self.stage.data.source!r} is usable: "
-                    + ", ".join(f"{name} {count}" for name, count in counters.items())
-                )
-
-    def _encode(self, place: int, rows: tuple[BucketConfig, ...]) -> tuple[EncodedSample | None, str, str]:
-        """The sample at a place of the stream, unless it is dropped; a counter and a reason if something is wrong."""
-        model, max_slices = self.model, self.stage.max_slices
-        index = int(self._stream[place])
-        try:
-            sizes, messages = self.source.sizes(index), self.source.messages(index)
-
-            def encode(limit: int) -> EncodedSample:
-                plans = [plan_image(size, model, max_slices=limit) for size in sizes]
-                return encode_chat(messages, plans, self._tokenizer, model.chat)
-
-            sample, limit = encode_to_fit(encode, max_slices, rows)
-        except ImageRefused as error:
-            return None, REFUSED, str(error)
-        except ChatError as error:
-            raise ChatError(f"source {self.stage.data.source}, sample {index}: {error}") from None
-        if sample is None:
-            return None, TOO_LONG, f"does not fit into a row of {rows[-1]}"
-        if not sample.trained.any():
-            return None, UNTRAINED, "no answer to train on"
-        if limit < max_slices:
-            return sample, FEWER_SLICES, f"{limit} instead of {max_slices} slices per image"
-        return sample, "", ""
-
-    def _given_buckets(self) -> tuple[BucketConfig, ...]:
-        stage, multiple = self.stage, 4 ** self.model.merge_levels()
-        for bucket in stage.buckets:
-            if bucket.tokens > stage.packed_length:
-                raise ConfigError(f"buckets: {bucket} has more tokens than packed_length {stage.packed_length}")
-            if bucket.patches % multiple or min(bucket.slots, bucket.tokens, bucket.patches) < 1:
-                raise ConfigError(f"buckets: {bucket} must have at least one slot and patches a multiple of {multiple}")
-        return stage.buckets
-
-    def _planned_buckets(self) -> tuple[BucketConfig, ...]:
-        stage = self.stage
-        widest = BucketConfig(slots=stage.slots or sys.maxsize, tokens=stage.packed_length, patches=sys.maxsize)
-        encoded = (self._encode(place, (widest,))[0] for place in range(min(PLANNING_SAMPLES, len(self.source))))
-        needs = [sample.needs for sample in encoded if sample]
-        return plan_buckets(needs, stage.packed_length, stage.bucket_budget, patch_work(self.model), stage.slots)
-
-
 class _RenderedBatches(grain.IterDataset):
     """The batches from a position on: planned anew from there, then decoded and filled in."""
 
-    def __init__(self, planner: WindowPlanner, position: _Position, process: tuple[int, int]):
+    def __init__(self, planner: WindowPlanner, position: Position, process: tuple[int, int]):
         super().__init__()
         self._arguments = (planner, position, process)
         self._share = (0, 1)
@@ -322,18 +215,18 @@ class _RenderedBatches(grain.IterDataset):
 
 
 class _RenderedBatchIterator(grain.DatasetIterator):
-    """Yields (Batch, BatchInfo with this batch's own counters, position after it)."""
+    """Yields (Batch, BatchInfo without counters, this batch's problems, position after it)."""
 
-    def __init__(self, planner: WindowPlanner, position: _Position, process: tuple[int, int], share: tuple[int, int]):
+    def __init__(self, planner: WindowPlanner, position: Position, process: tuple[int, int], share: tuple[int, int]):
         super().__init__()
         self._planner = planner
         self._position = position
         self._process = process
         self._skip, self._step = share
-        self._window: _Window | None = None
+        self._window: Window | None = None
         self._pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow releases the GIL
 
-    def __next__(self) -> tuple[Batch, BatchInfo, _Position]:
+    def __next__(self) -> tuple[Batch, BatchInfo, list[Problem], Position]:
         while self._skip:
             self._advance()
             self._skip -= 1
@@ -353,7 +246,7 @@ class _RenderedBatchIterator(grain.DatasetIterator):
         self._pool.shutdown(wait=False, cancel_futures=True)
         super().close()
 
-    def _advance(self) -> tuple[_Window, int]:
+    def _advance(self) -> tuple[Window, int]:
         """Steps over one batch; returns its window and its number in it."""
         position = self._position
         if self._window is None:
@@ -365,17 +258,17 @@ class _RenderedBatchIterator(grain.DatasetIterator):
             self._position, self._window = window.following, None
         return window, number
 
-    def _render(self, window: _Window, number: int) -> tuple[Batch, BatchInfo, _Position]:
+    def _render(self, window: Window, number: int) -> tuple[Batch, BatchInfo, list[Problem], Position]:
         planner, packed = self._planner, window.batches[number]
-        counters = Counter(window.counters if number == 0 else {})
         index, count = self._process
         share = len(packed.rows) // count
         numbers = packed.rows[index * share : (index + 1) * share]
-        loaded = dict(
-            self._pool.map(lambda i: (i, self._load(*window.samples[i])), {i for row in numbers for i in row})
-        )
-        counters[REFUSED] += sum(views is None for views in loaded.values())
-        rows = [[(window.samples[i][1], loaded[i]) for i in row if loaded[i] is not None] for row in numbers]
+        wanted = sorted({i for row in numbers for i in row})
+        loaded = dict(zip(wanted, self._pool.map(lambda i: self._load(*window.samples[i]), wanted), strict=True))
+        problems = window.problems if number == 0 else []
+        problems = problems + [problem for problem in loaded.values() if isinstance(problem, Problem)]
+        views = {i: found for i, found in loaded.items() if not isinstance(found, Problem)}
+        rows = [[(window.samples[i][1], views[i]) for i in row if i in views] for row in numbers]
         shape = packed.bucket
         bucket = Bucket(share, shape.slots, shape.tokens, shape.patches, planner.model.tower.patch_dim)
         slot_tokens = planner.model.visual_tokens(bucket.patches)
@@ -391,12 +284,12 @@ class _RenderedBatchIterator(grain.DatasetIterator):
             fill=fill_of(batch),
             epoch=window.following.start / len(planner.source),
             waiting=len(window.following.carried),
-            counters=counters,
+            counters={},
         )
-        return batch, info, self._position
+        return batch, info, problems, self._position
 
-    def _load(self, index: int, sample: EncodedSample) -> list[np.ndarray] | None:
-        """The views of a sample; None when an image turns out to be damaged."""
+    def _load(self, index: int, sample: EncodedSample) -> list[np.ndarray] | Problem:
+        """The views of a sample, unless an image turns out to be damaged."""
         planner = self._planner
         try:
             images = planner.source.images(index)
@@ -404,7 +297,6 @@ class _RenderedBatchIterator(grain.DatasetIterator):
             pairs = zip(images, sample.plans, strict=True)
             return [view for image, plan in pairs for view in cut_views(image, plan, patch_size)]
         except ImageRefused as error:
-            logger.warning("source %s, sample %d: %s: %s", planner.stage.data.source, index, REFUSED, error)
-            return None
+            return Problem(index, REFUSED, str(error))
         except ValueError as error:
-            raise PipelineError(f"source {planner.stage.data.source}, sample {index}: {error}") from error
+            raise PipelineError(f"{planner.where(index)}: {error}") from error

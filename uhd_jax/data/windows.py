@@ -1,0 +1,181 @@
+"""Windows of a stage's stream of samples: which are trained on, and which share a batch.
+
+Samples stand in an endless stream, shuffled anew in every epoch. A *window* is the next stretch of the stream together
+with the samples that the window before left over; it is encoded and packed from sizes and texts alone. So a position is
+three things: where the next window starts, what was left over, and how many of the window's batches are out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections import Counter
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from uhd_jax.config import BucketConfig, ConfigError, ModelConfig, StageConfig, TrainConfig, to_dict
+from uhd_jax.data.buckets import PackedBatch, form_batches, patch_work, plan_buckets
+from uhd_jax.data.chat import ChatError, EncodedSample, encode_chat
+from uhd_jax.data.packing import encode_to_fit
+from uhd_jax.data.sources import Source
+from uhd_jax.data.tokenizer import Tokenizer
+from uhd_jax.slicing.plan import ImageRefused, plan_image
+
+PLANNING_SAMPLES = 2048  # that the bucket planner sees
+FINGERPRINT_SAMPLES = 256  # evenly spaced, whose texts tell one source from another
+
+# Counters: what happened to samples that are not trained on as they are.
+FEWER_SLICES = "samples_with_fewer_slices"  # to fit into a row
+TOO_LONG = "samples_dropped_too_long"  # even with one view per image
+REFUSED = "samples_dropped_bad_image"  # `ImageRefused` on opening or on decoding
+UNTRAINED = "samples_dropped_without_answer"
+COUNTERS = (FEWER_SLICES, TOO_LONG, REFUSED, UNTRAINED)
+
+
+class PipelineError(ValueError):
+    """The pipeline cannot go on: nothing usable in the source, or a state that belongs to another run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Everything a run needs to know to go on: all else follows from the configuration."""
+
+    start: int  # where in the stream the next window starts
+    carried: tuple[int, ...]  # stream places left over by the window before
+    batch: int  # batches of this window that are out
+
+
+START = Position(0, (), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A planned window."""
+
+    batches: list[PackedBatch]  # rows of indices into `samples`
+    samples: list[tuple[int, EncodedSample]]  # with their index in the source
+    following: Position
+    problems: list[Problem]  # of the samples that came in with this window
+
+
+class Problem(NamedTuple):
+    """Why a sample is not trained on as it is."""
+
+    index: int  # in the source
+    counter: str  # one of `COUNTERS`
+    reason: str
+
+
+class WindowPlanner:
+    """Decides from sizes and texts which samples share which batch; pickled into worker processes."""
+
+    def __init__(
+        self, stage: StageConfig, model: ModelConfig, train: TrainConfig, source: Source, tokenizer: Tokenizer
+    ):
+        self.stage = stage
+        self.model = model
+        self.source = source
+        self._tokenizer = tokenizer
+        self._window = train.packing_window
+        self._seed = int.from_bytes(hashlib.sha256(f"{train.seed} {stage.name}".encode()).digest()[:4])
+        if len(source) == 0:
+            raise PipelineError(f"stage {stage.name!r}: the source {stage.data.source!r} is empty")
+        self._stream = grain.MapDataset.range(len(source)).seed(self._seed).shuffle().repeat()
+        self.buckets = self._given_buckets() or self._planned_buckets()
+        data = to_dict(stage.data)
+        data["options"].pop("path", None)  # a file may be spelled differently, or moved; what stands in it counts
+        spread = np.linspace(0, len(source) - 1, min(len(source), FINGERPRINT_SAMPLES)).astype(int)
+        facts = {
+            "source": (data, len(source), [source.messages(int(index)) for index in spread], self._seed),
+            "model": (to_dict(model.slicing), to_dict(model.chat), model.tower.patch_size, model.visual_tokens(4096)),
+            "rows": (stage.rows, stage.max_slices, self._window, [to_dict(bucket) for bucket in self.buckets]),
+            "vocabulary": tokenizer.vocab_size,
+        }
+        self.fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def window(self, start: int, carried: tuple[int, ...]) -> Window:
+        """Packs the samples carried over and the next ones of the stream, enough for at least one batch.
+
+        Raises:
+          PipelineError: an epoch and more has no usable sample.
+        """
+        places: list[int] = []
+        samples: list[EncodedSample] = []
+        problems: list[Problem] = []
+
+        def take(place: int) -> Problem | None:
+            sample, problem = self._encode(place, self.buckets)
+            if sample:
+                places.append(place)
+                samples.append(sample)
+            return problem
+
+        # That some have fewer slices was said when they came in; one that is gone has been lost since.
+        problems += [problem for place in carried if (problem := take(place)) and problem.counter != FEWER_SLICES]
+        waiting, end = len(places), start
+        while True:
+            problems += filter(None, map(take, range(end, end + self._window)))
+            end += self._window
+            rng = np.random.default_rng((self._seed, start))
+            needs = [sample.needs for sample in samples]
+            batches, left = form_batches(needs, waiting, self.buckets, self.stage.rows, rng)
+            if batches:
+                indices = [int(self._stream[place]) for place in places]
+                following = Position(end, tuple(places[i] for i in left), 0)
+                return Window(batches, list(zip(indices, samples, strict=True)), following, problems)
+            if not samples and end - start > len(self.source):
+                counts = Counter(problem.counter for problem in problems)
+                raise PipelineError(
+                    f"stage {self.stage.name!r}: no sample of the source {self.stage.data.source!r} is usable: "
+                    + ", ".join(f"{name} {count}" for name, count in counts.items())
+                    + f"; for example {self.where(problems[0].index)}: {problems[0].reason}"
+                )
+
+    def where(self, index: int) -> str:
+        """Where a sample comes from, for messages."""
+        named = getattr(self.source, "where", None)  # a source of the user's own may lack it
+        return named(index) if named else f"source {self.stage.data.source}, sample {index}"
+
+    def _encode(self, place: int, rows: tuple[BucketConfig, ...]) -> tuple[EncodedSample | None, Problem | None]:
+        """The sample at a place of the stream, unless it is dropped, and what is wrong with it, if something is."""
+        model, max_slices = self.model, self.stage.max_slices
+        index = int(self._stream[place])
+        try:
+            sizes, messages = self.source.sizes(index), self.source.messages(index)
+
+            def encode(limit: int) -> EncodedSample:
+                plans = [plan_image(size, model, max_slices=limit) for size in sizes]
+                return encode_chat(messages, plans, self._tokenizer, model.chat)
+
+            sample, limit = encode_to_fit(encode, max_slices, rows)
+        except ImageRefused as error:
+            return None, Problem(index, REFUSED, str(error))
+        except ChatError as error:
+            raise ChatError(f"{self.where(index)}: {error}") from None
+        if sample is None:
+            return None, Problem(index, TOO_LONG, f"does not fit into a row of {rows[-1]}")
+        if not sample.trained.any():
+            return None, Problem(index, UNTRAINED, "no answer to train on")
+        if limit < max_slices:
+            return sample, Problem(index, FEWER_SLICES, f"{limit} instead of {max_slices} slices per image")
+        return sample, None
+
+    def _given_buckets(self) -> tuple[BucketConfig, ...]:
+        stage, multiple = self.stage, 4 ** self.model.merge_levels()
+        for bucket in stage.buckets:
+            if bucket.tokens > stage.packed_length:
+                raise ConfigError(f"buckets: {bucket} has more tokens than packed_length {stage.packed_length}")
+            if bucket.patches % multiple or min(bucket.slots, bucket.tokens, bucket.patches) < 1:
+                raise ConfigError(f"buckets: {bucket} must have at least one slot and patches a multiple of {multiple}")
+        return stage.buckets
+
+    def _planned_buckets(self) -> tuple[BucketConfig, ...]:
+        stage = self.stage
+        widest = BucketConfig(slots=stage.slots or sys.maxsize, tokens=stage.packed_length, patches=sys.maxsize)
+        encoded = (self._encode(place, (widest,))[0] for place in range(min(PLANNING_SAMPLES, len(self.source))))
+        needs = [sample.needs for sample in encoded if sample]
+        return plan_buckets(needs, stage.packed_length, stage.bucket_budget, patch_work(self.model), stage.slots)
