@@ -40,13 +40,20 @@ def test_a_result_without_a_place(capsys, tmp_path, monkeypatch, command, out, p
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("workdir", ["file", "file/run"])
-def test_a_workdir_that_is_a_file(capsys, tmp_path, monkeypatch, config_file, workdir):
+@pytest.mark.parametrize(
+    ("workdir", "part"),
+    [
+        ("file", "'file' cannot be a folder: file is a file"),
+        ("file/run", "'file/run' cannot be a folder: file is a file"),
+        ("", "'' is not the name of a folder"),
+    ],
+)
+def test_a_workdir_that_can_be_no_folder(capsys, tmp_path, monkeypatch, config_file, workdir, part):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     status, _, err = call(capsys, "train", f"--config={config_file}", f"--workdir={workdir}")
     assert status == 2
-    assert_one_line(err, "--workdir", f"'{workdir}' cannot be a folder: file is a file")
+    assert_one_line(err, "--workdir", part)
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
@@ -73,6 +80,9 @@ def test_an_error_of_writing_names_the_file_that_was_meant(tmp_path):
     with pytest.raises(OSError) as caught:
         write_json(tmp_path / "result.json", {})
     assert caught.value.filename == str(tmp_path / "result.json")
+    with pytest.raises(OSError) as caught:
+        write_json("/dev/full", {})
+    assert caught.value.filename == "/dev/full"
 
 
 def test_a_name_that_is_not_utf8_is_written_as_its_json_escape(tmp_path):

@@ -108,6 +108,7 @@ def test_impossible_sampling(model, name, value):
         model.generate("Hello", **{name: value})
 
 
+@pytest.mark.filterwarnings("error")
 def test_sampling_at_the_ends_of_its_ranges(model):
     def sample(**options):
         return model.generate("Hello", max_new_tokens=4, **{"temperature": 1.5, "seed": 2**32 - 1} | options)

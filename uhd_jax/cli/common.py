@@ -60,6 +60,8 @@ def fraction(text: str) -> float:
 
 def folder(text: str) -> Path:
     """A folder that is there or can be made."""
+    if not text:  # which pathlib takes for the current folder
+        raise argparse.ArgumentTypeError("'' is not the name of a folder")
     path = Path(text)
     there = next(path for path in (path, *path.parents) if path.exists())
     if not there.is_dir():
@@ -84,21 +86,22 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     A link is followed. A device or pipe, such as /dev/stdout, is written to: replacing it would destroy it.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        yield path
-        return
-    path = path.resolve()
-    partial = path.with_name(f".{path.name}.partial")
+    in_place = path.exists() and not path.is_file()
+    if not in_place:
+        path = path.resolve()
+    partial = path if in_place else path.with_name(f".{path.name}.partial")
     try:
         yield partial
-        os.replace(partial, path)
+        if not in_place:
+            os.replace(partial, path)
     except OSError as error:
-        if error.filename == str(partial):  # not a name that the user knows
+        if error.filename in (None, str(partial)):  # not a name that the user knows
             error.filename, error.filename2 = str(path), None
         raise
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        if not in_place:
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
 
 def write_json(path: str | Path, value: Any) -> None:

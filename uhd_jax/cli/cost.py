@@ -75,16 +75,20 @@ def _tables(costs: dict[str, Any]) -> str:
         f"image {height}x{width} (height x width), {costs['mode']}: {plan['views']} views, {plan['patches']} patches, "
         f"{plan['visual_tokens']} visual tokens, {costs['text_tokens']} other tokens",
         "",
-        f"{'part':16}  {'parameters':>14}  {'forward GFLOPs':>14}",
-        *(f"{part:16}  {parameters[part]:>14,}  {flops[part] / 1e9:>14,.3f}" for part in parameters),
+        f"{'part':19}  {'parameters':>14}  {'forward GFLOPs':>14}",
+        *(
+            f"{part:19}  {parameters[part]:>14,}  {flops[part] / 1e9:>14,.3f}"
+            for part in parameters
+            if parameters[part]
+        ),
         "",
-        f"{'stage':16}  {'views':>5}  {'visual tokens':>13}  {'training GFLOPs':>15}  {'parameters':>13}  "
+        f"{'stage':19}  {'views':>5}  {'visual tokens':>13}  {'training GFLOPs':>15}  {'parameters':>13}  "
         f"{'gradients':>13}  {'moments':>13}",
     ]
     for stage in costs["stages"]:
         state = "  ".join(f"{count / 2**20:>9,.1f} MiB" for count in stage["state_bytes"].values())
         lines.append(
-            f"{stage['name']:16}  {stage['views']:>5}  {stage['visual_tokens']:>13}  "
+            f"{stage['name']:19}  {stage['views']:>5}  {stage['visual_tokens']:>13}  "
             f"{stage['train_flops'] / 1e9:>15,.3f}  {state}"
         )
     return "\n".join([*lines, "", f"FLOPs: {CONVENTION}.", f"MiB: {STATE}."])

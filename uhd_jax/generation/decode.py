@@ -69,7 +69,8 @@ def choose_tokens(logits: jax.Array, sampling: Sampling, step: int) -> jax.Array
     greedy = sampling.temperature == 0
     vocab_size = logits.shape[-1]
     top_k = min(sampling.top_k or vocab_size, vocab_size)
-    return _choose(logits, keys, max(sampling.temperature, 1e-6), top_k, sampling.top_p, greedy)
+    temperature = min(max(sampling.temperature, 1e-6), 1e6)  # beyond, greedy and uniform anyway; not beyond float32
+    return _choose(logits, keys, temperature, top_k, sampling.top_p, greedy)
 
 
 def generate_tokens(
