@@ -159,7 +159,7 @@ def _text(lines: list[tuple[str, int, str]]) -> Image.Image:
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont) -> str:
-    text = " ".join(text[:1000].split()).encode("utf-8", "replace").decode()  # the font cannot draw lone surrogates
+    text = " ".join(text[:1000].split())
     if font.getlength(text) <= _INNER:
         return text
     while font.getlength(text + "...") > _INNER:
