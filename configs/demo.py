@@ -83,6 +83,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "slicing": {"scale_resolution": 112, "max_slices": 9},
                 "chat": {"use_image_id": False, "words": WORDS},
                 "dtype": "float32",
+                "scan_layers": False,  # so few and so small layers run faster unrolled
                 "tower_remat": "none",
                 "decoder_remat": "none",
             },
