@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `uhd-jax cost`."""
     parser.add_argument("--image-size", type=size, required=True, metavar="HxW", help="height and width in pixels")
     parser.add_argument("--text-tokens", type=not_negative, default=0, metavar="N", help="tokens of text (default 0)")
-    parser.add_argument("--mode", choices=MODES, help="compression (default: the configuration's)")
+    parser.add_argument("--mode", choices=MODES, help="4x leaves the compressor out (default: the configuration's)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 

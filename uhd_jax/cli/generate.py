@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-k", type=not_negative, default=0, metavar="N", help="sample from N tokens; 0: from all")
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="seed of sampling")
-    parser.add_argument("--mode", choices=MODES, help="compression (default: the model's)")
+    parser.add_argument("--mode", choices=MODES, help="4x leaves the compressor out (default: the model's)")
     parser.add_argument("--max-slices", type=positive, metavar="N", help="replaces the model's limit")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the bare answer")
     parser.add_argument("--out", type=file_to_write, metavar="F.json", help="also write the JSON to a file")

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `uhd-jax slices`."""
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="an image file")
     parser.add_argument("--size", type=size, metavar="HxW", help="height and width in pixels, instead of an image")
-    parser.add_argument("--mode", choices=MODES, help="compression (default: the configuration's, else 16x)")
+    parser.add_argument(
+        "--mode", choices=MODES, help="4x leaves the compressor out (default: the configuration's, else 16x)"
+    )
     parser.add_argument("--max-slices", type=positive, metavar="N", help="replaces the configuration's limit")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--out", type=file_to_write, metavar="F.png", help="draw the image with its views into it")
