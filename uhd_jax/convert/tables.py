@@ -7,7 +7,7 @@ strict in both directions: whatever is missing, unexpected or of another shape i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class Entry:
     theirs: str
     rule: Rule = SAME
     foreign_shape: tuple[int, ...] | None = None  # where theirs can't be told from ours (convolutions)
+    part: tuple[int, int] | None = None  # (i, n): part i of n equal ones along theirs' first axis; all have entries
 
     @property
     def stacked(self) -> bool:
@@ -54,11 +55,35 @@ class Entry:
         """Foreign names, one per layer, or one."""
         return [self.theirs.replace("{L}", str(i)) for i in range(layers)] if self.stacked else [self.theirs]
 
+    def shape(self, theirs: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Shape of ours, of a single layer, from the shape of theirs; None where that has no such part."""
+        if self.part is not None:
+            if not theirs or theirs[0] % self.part[1]:
+                return None
+            theirs = (theirs[0] // self.part[1], *theirs[1:])
+        return self.rule.shape(theirs)
+
+    def forth(self, tensor: np.ndarray) -> np.ndarray:
+        """Ours, of a single layer, from theirs."""
+        if self.part is not None:
+            tensor = np.split(tensor, self.part[1])[self.part[0]]
+        return self.rule.forth(tensor)
+
 
 def dense(ours: str, theirs: str, *, bias: bool = True) -> list[Entry]:
     """A linear layer: [out, in] weight to [in, out] kernel, and its bias."""
     entries = [Entry(f"{ours}/kernel", f"{theirs}.weight", TRANSPOSE)]
     return entries + ([Entry(f"{ours}/bias", f"{theirs}.bias")] if bias else [])
+
+
+def joined_dense(ours: str, names: Sequence[str], weight: str, bias: str) -> list[Entry]:
+    """Linear layers `ours`/name whose weights and biases are one below the other in theirs."""
+    entries = []
+    for index, name in enumerate(names):
+        part = index, len(names)
+        entries.append(Entry(f"{ours}/{name}/kernel", weight, TRANSPOSE, part=part))
+        entries.append(Entry(f"{ours}/{name}/bias", bias, part=part))
+    return entries
 
 
 def layer_norm(ours: str, theirs: str) -> list[Entry]:
@@ -104,7 +129,7 @@ def import_tensors(
       ConvertError: lists every missing, unexpected and misshaped tensor.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
-    problems, flat, used = [], {}, set()
+    problems, flat, used, unused = [], {}, set(), {}
     entries = {entry.ours: entry for entry in table}
     for path, shape in shapes.items():
         if path not in entries:
@@ -114,18 +139,21 @@ def import_tensors(
         single = shape[1:] if entry.stacked else shape
         names = entry.names(shape[0] if entry.stacked else 1)
         used.update(names)
+        for name in names if entry.part else ():
+            unused.setdefault(name, set(range(entry.part[1]))).discard(entry.part[0])
         parts = []
         for name in names:
             if name not in tensors:
                 problems.append(f"missing {name} (for {path} {single})")
-            elif entry.rule.shape(tuple(tensors[name].shape)) != single:
+            elif entry.shape(tuple(tensors[name].shape)) != single:
                 problems.append(f"{name} has shape {tuple(tensors[name].shape)}, which does not give {path} {single}")
             else:
-                parts.append(entry.rule.forth(np.asarray(tensors[name], np.float32)))
+                parts.append(entry.forth(np.asarray(tensors[name], np.float32)))
         if len(parts) == len(names):
             flat[path] = np.stack(parts) if entry.stacked else np.ascontiguousarray(parts[0])
     left = [name for name in tensors if name not in used and not dropped(name)]
     problems += [f"unexpected {name} {tuple(tensors[name].shape)}" for name in left]
+    problems += [f"the model does not use part {i} of {name}" for name, parts in unused.items() for i in sorted(parts)]
     if problems:
         raise ConvertError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
     return unflatten(flat)
@@ -135,16 +163,22 @@ def export_tensors(table: Iterable[Entry], params: Mapping[str, Any]) -> dict[st
     """Our parameter tree as a foreign state dict; every parameter must have an entry.
 
     Raises:
-      ConvertError: lists parameters without an entry.
+      ConvertError: lists parameters without an entry, and tensors of which a part is missing.
     """
     entries = {entry.ours: entry for entry in table}
     flat = flatten(params)
     if missing := sorted(set(flat) - set(entries)):
         raise ConvertError("no entry in the table for:\n  " + "\n  ".join(missing))
-    tensors = {}
+    tensors, cut = {}, {}
     for path, value in flat.items():
         entry, value = entries[path], np.asarray(value)
         layers = value if entry.stacked else [value]
         for name, layer in zip(entry.names(len(value) if entry.stacked else 1), layers, strict=True):
-            tensors[name] = np.ascontiguousarray(entry.rule.back(layer, entry.foreign_shape))
-    return tensors
+            tensor = entry.rule.back(layer, entry.foreign_shape)
+            if entry.part is None:
+                tensors[name] = np.ascontiguousarray(tensor)
+            else:
+                cut.setdefault(name, [None] * entry.part[1])[entry.part[0]] = tensor
+    if incomplete := sorted(name for name, parts in cut.items() if any(part is None for part in parts)):
+        raise ConvertError("parts without a parameter in:\n  " + "\n  ".join(incomplete))
+    return tensors | {name: np.concatenate(parts) for name, parts in cut.items()}

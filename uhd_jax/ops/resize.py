@@ -105,3 +105,26 @@ def _combine(x: jax.Array, index: jax.Array, weight: jax.Array) -> jax.Array:
     index = jnp.minimum(index, x.shape[1] - 1)  # behind a view's own cells
     gathered = (jnp.take_along_axis(x, index[..., tap, None], axis=1) * weight[..., tap, None] for tap in range(4))
     return functools.reduce(jnp.add, gathered)
+
+
+def resize_bilinear(features: jax.Array, grids: jax.Array, side: int) -> jax.Array:
+    """Every view's own map resized to side x side cells, without antialiasing.
+
+    Args:
+      features: float[V, P, C] in raster order, finite also behind a view's own.
+      grids: int32[V, 2] its rows and columns; (0, 0) for an empty slot, which gets finite values.
+      side: rows and columns of the result.
+
+    Returns:
+      float[V, side * side, C] in raster order.
+    """
+    index, cols = jnp.arange(features.shape[1])[None], jnp.maximum(grids[:, 1:], 1)
+
+    def weights(sizes: jax.Array, cells: jax.Array) -> jax.Array:
+        position = (jnp.arange(side) + 0.5) * sizes[:, None] / side - 0.5
+        position = jnp.clip(position, 0, jnp.maximum(sizes - 1, 0)[:, None])
+        return jnp.maximum(1 - jnp.abs(position[..., None] - cells[:, None].astype(jnp.float32)), 0)
+
+    down, across = weights(grids[:, 0], index // cols), weights(grids[:, 1], index % cols)
+    both = (down[:, :, None] * across[:, None]).reshape(len(grids), side * side, -1)
+    return jnp.matmul(both.astype(features.dtype), features)
