@@ -118,6 +118,18 @@ def test_answers_say_what_stands_on_the_page():
     assert len(kinds) == 4
     assert transcription(np.arange(8).reshape(2, 4)) == "[0145][2367]"
     assert transcription(np.arange(8).reshape(4, 2)) == "[0123]\n[4567]"
+    assert transcription(np.arange(8).reshape(2, 4), "A") == "0145,2367"
+    assert transcription(np.arange(8).reshape(4, 2), "A") == "0123\n4567"
+    assert transcription(np.arange(8).reshape(2, 4), "B") == "0123\n4567"
+
+
+@pytest.mark.parametrize("layout", ["v4", "A", "B"])
+def test_digit_accuracy_of_a_layout(layout):
+    digits = np.arange(16).reshape(4, 4) % 10
+    answer = transcription(digits, layout)
+    assert digit_accuracy(answer, answer, layout) == (16, 16)
+    without = answer.replace("1", "", 1)  # the first group's second digit: the rest of that group moves up
+    assert digit_accuracy(without, answer, layout) == (13, 16)
 
 
 def test_a_cell_page_holds_one_digit_at_many_places():

@@ -51,6 +51,7 @@ class DigitPagesOptions:
     )  # (rows, cols) of slices, evenly drawn
     samples: int = 100_000
     seed: int = 0
+    layout: Literal["v4", "A", "B"] = "v4"  # of the visual block, which transcriptions mirror (`ChatConfig.layout`)
     questions_per_page: int = 1
     questions_fraction: float = 0.5  # of the samples of task "mixed"; the others transcribe
 
@@ -123,7 +124,7 @@ class DigitPages:
         asks = options.task == "questions" or (options.task == "mixed" and rng.random() < options.questions_fraction)
         if asks:
             return _Page(cells, tuple(_question(digits, rng) for _ in range(options.questions_per_page)))
-        return _Page(cells, ((TRANSCRIBE, transcription(digits)),))
+        return _Page(cells, ((TRANSCRIBE, transcription(digits, options.layout)),))
 
 
 def split_digits(split: Literal["train", "held_out"]) -> np.ndarray:
@@ -138,27 +139,39 @@ def digit_frequencies(split: Literal["train", "held_out"]) -> np.ndarray:
     return np.bincount(labels, minlength=10) / len(labels)
 
 
-def transcription(digits: np.ndarray) -> str:
-    """The answer that mirrors the visual block: slices of 2 x 2 digits in raster order, a newline per row of slices.
+_BETWEEN = {"v4": r"\[", "A": "[,\n]", "B": "\n"}  # what stands between the groups of a transcription
+
+
+def transcription(digits: np.ndarray, layout: str = "v4") -> str:
+    """The answer that mirrors the visual block, digit by digit and mark by mark.
+
+    Layouts "v4" and "A": slices of 2 x 2 digits in raster order, a newline per row of slices; "B": the lines of the
+    page.
 
     Args:
       digits: int[2 * rows, 2 * cols].
+      layout: as `ChatConfig.layout`.
     """
+    if layout == "B":
+        return "\n".join("".join(map(str, line)) for line in digits)
     rows, cols = digits.shape[0] // 2, digits.shape[1] // 2
     slices = digits.reshape(rows, 2, cols, 2).transpose(0, 2, 1, 3).reshape(rows, cols, 4)
-    return "\n".join("".join("[" + "".join(map(str, cell)) + "]" for cell in row) for row in slices)
+    texts = [["".join(map(str, cell)) for cell in row] for row in slices]
+    if layout == "A":
+        return "\n".join(",".join(row) for row in texts)
+    return "\n".join("".join(f"[{text}]" for text in row) for row in texts)
 
 
-def digit_accuracy(answer: str, expected: str) -> tuple[int, int]:
+def digit_accuracy(answer: str, expected: str, layout: str = "v4") -> tuple[int, int]:
     """Digits of `expected` that `answer` has at the same place, and digits of `expected`.
 
-    A place is the number of the slice (of the opening bracket) and the number of the digit in it, so a digit that is
-    missing shifts only its own slice. Digits too many do not count.
+    A place is the number of the group (a slice; in layout "B" a line) and the number of the digit in it, so a digit
+    that is missing shifts only its own group. Digits too many do not count.
     """
 
     def places(text: str) -> dict[tuple[int, int], str]:
-        slices = enumerate(re.findall(r"\d", part) for part in text.split("["))
-        return {(number, place): digit for number, found in slices for place, digit in enumerate(found)}
+        groups = enumerate(re.findall(r"\d", part) for part in re.split(_BETWEEN[layout], text))
+        return {(number, place): digit for number, found in groups for place, digit in enumerate(found)}
 
     wanted, found = places(expected), places(answer)
     return sum(found.get(place) == digit for place, digit in wanted.items()), len(wanted)

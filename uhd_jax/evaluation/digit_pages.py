@@ -30,8 +30,10 @@ def evaluate(model: Assistant, folder: Path) -> dict[str, Any]:
       pages, digits: how many.
       answers: for every prompt the question, the expected answer and both answers.
     """
-    transcriptions = DigitPages({"task": "page", "split": "held_out", "seed": SEED, "samples": PAGES})
-    questions = DigitPages({"task": "questions", "split": "held_out", "seed": SEED + 1, "samples": PAGES})
+    layout = model.config.chat.layout
+    pages = {"split": "held_out", "samples": PAGES, "layout": layout}
+    transcriptions = DigitPages({"task": "page", "seed": SEED, **pages})
+    questions = DigitPages({"task": "questions", "seed": SEED + 1, **pages})
     _save_page(transcriptions, folder / "page.png")
     records = []
     for kind, source in (("transcription", transcriptions), ("question", questions)):
@@ -46,14 +48,14 @@ def evaluate(model: Assistant, folder: Path) -> dict[str, Any]:
     pages = [record for record in records if record["kind"] == "transcription"]
     asks = [record for record in records if record["kind"] == "question"]
     return {
-        "accuracy_with_slices": _digits_right(pages, "with_slices"),
-        "accuracy_thumbnail_only": _digits_right(pages, "thumbnail_only"),
+        "accuracy_with_slices": _digits_right(pages, "with_slices", layout),
+        "accuracy_thumbnail_only": _digits_right(pages, "thumbnail_only", layout),
         "chance": float(digit_frequencies("held_out").max()),
         "questions_with_slices": _exact(asks, "with_slices"),
         "questions_thumbnail_only": _exact(asks, "thumbnail_only"),
         "questions_chance": _constant_answer(asks),
         "pages": len(pages),
-        "digits": sum(digit_accuracy("", page["expected"])[1] for page in pages),
+        "digits": sum(digit_accuracy("", page["expected"], layout)[1] for page in pages),
         "answers": records,
     }
 
@@ -79,8 +81,8 @@ def _answers(
     return answers
 
 
-def _digits_right(pages: Sequence[dict[str, str]], key: str) -> float:
-    right, total = np.sum([digit_accuracy(page[key], page["expected"]) for page in pages], axis=0)
+def _digits_right(pages: Sequence[dict[str, str]], key: str, layout: str) -> float:
+    right, total = np.sum([digit_accuracy(page[key], page["expected"], layout) for page in pages], axis=0)
     return float(right / total)
 
 
