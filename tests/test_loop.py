@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,10 +20,11 @@ import tiny
 import train_tiny
 
 from uhd_jax.checkpoint import Checkpointer, CheckpointError, ConfigMismatch, load_model, save_model
-from uhd_jax.config import MeshConfig
+from uhd_jax.config import ConfigError, MeshConfig
 from uhd_jax.models import uhd
 from uhd_jax.sharding.mesh import ShardingError
 from uhd_jax.training.loop import TrainingError, train
+from uhd_jax.training.workdir import WorkdirError
 
 pytestmark = pytest.mark.usefixtures("unoptimised", "compiled_once")
 
@@ -120,28 +122,43 @@ def test_a_finished_run_does_nothing_when_started_again(uninterrupted):
 
 
 class Interrupting(tiny.RandomBatches):
-    """Sends itself a signal while the batch after `number` others is fetched."""
+    """Sends itself a signal around batch `at`: while it is waited for, though moved on, or once it is there."""
 
-    def __init__(self, number, at, sent):
+    def __init__(self, number, at, sent, waiting=False):
         super().__init__(number)
-        self.at, self.sent = at, sent
+        self.at, self.sent, self.waiting = at, sent, waiting
 
     def __next__(self):
-        if self.number == self.at:
+        made = super().__next__()
+        if self.waiting and self.number == self.at + 1:
+            os.kill(os.getpid(), self.sent)
+        return made
+
+    def get_state(self):
+        if not self.waiting and self.number == self.at + 1:
             os.kill(os.getpid(), self.sent)
             os.kill(os.getpid(), signal.SIGTERM)  # impatient managers send it again
             assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # the next one ends the process
-        return super().__next__()
+        return super().get_state()
 
 
-@pytest.mark.parametrize(("at", "sent", "status"), [(2, signal.SIGTERM, 0), (100, signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_next_start_goes_on(tmp_path, uninterrupted, at, sent, status):
+@pytest.mark.parametrize(
+    ("at", "sent", "waiting", "step"),
+    [
+        (2, signal.SIGTERM, False, 3),
+        (100, signal.SIGINT, False, 5),
+        (2, signal.SIGINT, True, 2),
+        (100, signal.SIGTERM, True, 4),
+        (101, signal.SIGTERM, True, 5),
+    ],
+)
+def test_a_signal_saves_and_the_next_start_goes_on(tmp_path, uninterrupted, at, sent, waiting, step):
     handler = signal.getsignal(sent)
-    result, shown = run(tmp_path, two_stages(), lambda _, index: Interrupting(100 * index, at, sent))
-    step = at + 1 if at < 100 else at - 95
-    assert (result.finished, result.interrupted_by, result.exit_status, result.step) == (False, sent, status, step)
+    result, shown = run(tmp_path, two_stages(), lambda _, index: Interrupting(100 * index, at, sent, waiting))
+    assert (result.finished, result.interrupted_by, result.step) == (False, sent, step)
+    assert result.exit_status == (130 if sent == signal.SIGINT else 0)
     assert signal.getsignal(sent) is handler
-    assert f"step {step} is saved" in shown
+    assert f"interrupted: step {step} is saved" in shown
     assert Checkpointer(tmp_path).latest_step() == step
     result, shown = run(tmp_path, two_stages())
     assert result.finished and f"at step {step}" in shown
@@ -151,11 +168,29 @@ def test_a_signal_saves_and_the_next_start_goes_on(tmp_path, uninterrupted, at, 
 def test_a_signal_before_the_first_step(tmp_path):
     def open_batches(config, index):
         os.kill(os.getpid(), signal.SIGTERM)
-        return tiny.RandomBatches()
+        raise AssertionError("not left at once")
 
     result, shown = run(tmp_path, batches=open_batches)
     assert (result.step, result.finished, result.exit_status) == (0, False, 0)
-    assert "SIGTERM: nothing to save yet" in shown
+    assert "interrupted: nothing to save yet" in shown
+
+
+def test_a_signal_ends_the_waiting_for_data_that_does_not_come(tmp_path):
+    class Stuck(tiny.RandomBatches):
+        closed = False
+
+        def __next__(self):
+            if self.number < 2:
+                return super().__next__()
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            assert not threading.Event().wait(60), "not left"
+
+        def __exit__(self, *_):
+            Stuck.closed = True
+
+    result, _ = run(tmp_path, batches=lambda *_: Stuck())
+    assert (result.step, result.interrupted_by) == (2, signal.SIGTERM)
+    assert Checkpointer(tmp_path).latest_step() == 2 and Stuck.closed
 
 
 def in_another_process(workdir, steps, log_lines, sent, programs):
@@ -191,13 +226,14 @@ def test_killed_and_resumed_has_the_same_losses_bit_for_bit(tmp_path, compiled_o
 def test_no_step_is_in_a_checkpoint_before_it_is_in_the_log(tmp_path):
     """Or a kill between the two would leave a gap."""
 
-    class Watching(tiny.RandomBatches):
-        def get_state(self):
-            seen.append((self.number, len(records(tmp_path))))
-            return super().get_state()
-
     seen = []
-    run(tmp_path, batches=lambda *_: Watching())
+
+    def save(self, step, *arguments):
+        seen.append((step, len(records(tmp_path))))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpointer, "save", save)
+        run(tmp_path)
     assert seen == [(3, 3), (4, 4)]
 
 
@@ -247,6 +283,46 @@ def Poisoned_(config, index):
     return Poisoned()
 
 
+class Empty(tiny.RandomBatches):
+    """Nothing to train on in the batches with these numbers."""
+
+    def __init__(self, *numbers):
+        super().__init__()
+        self.empty = numbers
+
+    def __next__(self):
+        batch, info = super().__next__()
+        if self.number - 1 in self.empty:
+            batch.loss_weights[:] = 0
+        return batch, info
+
+
+def test_steps_with_nothing_to_train_on_are_skipped_and_counted_apart(tmp_path):
+    result, shown = run(tmp_path, tiny.run(**SOON, max_bad_steps=3), lambda *_: Empty(1, 2))
+    lines = records(tmp_path)
+    assert result.finished
+    assert [line["empty_total"] for line in lines] == [0, 1, 2, 2]
+    assert [line["empty_in_a_row"] for line in lines] == [0, 1, 2, 0]
+    assert lines[-1]["skipped_total"] == lines[2]["skipped_in_a_row"] == 0
+    assert lines[1]["loss"] is None and lines[3]["loss"] > 0
+    assert "step 3: nothing to train on, skipped (2 in a row)" in shown and "finite" not in shown
+
+
+@pytest.mark.parametrize(("steps", "limit"), [(8, 3), (3, 10)])
+def test_nothing_but_unusable_data_ends_the_run_and_says_so(tmp_path, steps, limit):
+    config = tiny.run([tiny.stage(steps=steps, trainable=("connector",))], max_bad_steps=limit, checkpoint_every=2)
+    with pytest.raises(TrainingError) as caught:
+        run(tmp_path, config, lambda *_: Empty(*range(8)))
+    assert "step 3: 3 steps in a row had nothing to train on" in str(caught.value)
+    # Of the batch that was read last, and where to look.
+    assert "dropped 3" in str(caught.value) and "stage 'only', source 'random' {}" in str(caught.value)
+    # The count goes on over a restart, and data that was mended is trained on from the last checkpoint.
+    with pytest.raises(TrainingError, match="step 3: 3 steps in a row"):
+        run(tmp_path, config, lambda *_: Empty(*range(8)))
+    result, _ = run(tmp_path, config)
+    assert result.finished and [line["empty_total"] for line in records(tmp_path)][-1] == 2
+
+
 def test_data_that_ends_is_an_error_with_numbers(tmp_path):
     class Two(tiny.RandomBatches):
         def __next__(self):
@@ -264,6 +340,33 @@ def test_a_run_of_another_config_is_refused_before_anything_is_touched(tmp_path,
     with pytest.raises(ConfigMismatch, match=r"train\.seed: 0 there, 1 here"):
         run(workdir, two_stages(seed=1))
     assert (workdir / "metrics.jsonl").read_bytes() == log
+
+
+def test_what_the_config_shows_to_be_wrong_comes_before_the_folder(tmp_path):
+    workdir = tmp_path / "run"
+    stages = [tiny.stage(name="first"), tiny.stage(name="second", trainable=("connector_positions",))]
+    with pytest.raises(ConfigError, match="no parameters in the parts .'connector_positions',"):
+        run(workdir, tiny.run(stages))
+    with pytest.raises(CheckpointError, match="holds no model"):
+        run(workdir, tiny.run(**SOON, init_from=str(tmp_path)))
+    assert not workdir.exists()
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    def open_batches(config, index):
+        with pytest.raises(WorkdirError, match=f"{tmp_path}: another training is at work there"):
+            run(tmp_path)
+        return tiny.RandomBatches()
+
+    assert run(tmp_path, batches=open_batches)[0].finished
+    assert run(tmp_path)[0].finished  # the lock is gone, whatever is left of its file
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(WorkdirError, match=f"{workdir} is a file, or lies below one"):
+            run(workdir)
 
 
 def test_starting_from_a_saved_model(tmp_path):

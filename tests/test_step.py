@@ -153,13 +153,17 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-def test_a_batch_without_weights_is_skipped():
+def test_a_batch_without_weights_changes_nothing_and_is_not_taken_for_a_step_that_diverged():
     step, state, place = start(tiny.stage(trainable=("connector",)))
-    batch = tiny.batch(0)
-    batch.loss_weights[:] = 0
+    empty, poisoned = tiny.batch(0), tiny.batch(0)
+    empty.loss_weights[:] = 0
+    poisoned.loss_weights[0, 5] = np.inf
     before = jax.device_get(state.params)
-    state, metrics = step(state, place(batch))
-    assert int(metrics["skipped_total"]) == 1
+    counts = []
+    for batch in (empty, poisoned, empty, poisoned):
+        state, metrics = step(state, place(batch))
+        counts.append((int(metrics["skipped_total"]), int(metrics["skipped_in_a_row"])))
+    assert counts == [(0, 0), (1, 1), (1, 1), (2, 2)]
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before)
 
 

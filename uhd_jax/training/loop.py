@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from uhd_jax.checkpoint import (
     Checkpointer,
     load_model,
     load_model_config,
+    newest_step,
     require_same_config,
     require_same_model,
 )
@@ -41,8 +41,10 @@ from uhd_jax.training.metrics import (
     to_number,
 )
 from uhd_jax.training.optimizer import make_optimizer
+from uhd_jax.training.signals import Interrupted, Signals
 from uhd_jax.training.state import TrainState, abstract_state, draw_params, enter_stage, first_state, shardings_of
 from uhd_jax.training.step import CompiledSteps, make_train_step
+from uhd_jax.training.workdir import claimed
 
 MAX_IN_FLIGHT = 1  # steps dispatched and not yet read back while the next one is prepared
 
@@ -94,9 +96,9 @@ def train(
     """Trains through all stages, or on from the newest checkpoint in `workdir`.
 
     A checkpoint is written every `checkpoint_every` steps, at the end of each stage, on SIGTERM and on SIGINT (the
-    step in progress is finished first), and before giving up on non-finite losses. A SIGINT after that ends the
-    process at once; so may SIGKILL at any time: the run then continues from its last checkpoint, with the same losses
-    as if nothing had happened, bit for bit on CPU.
+    step in progress is finished first, data that is not there yet is not waited for), and before giving up on
+    non-finite losses. A SIGINT after that ends the process at once; so may SIGKILL at any time: the run then continues
+    from its last checkpoint, with the same losses as if nothing had happened, bit for bit on CPU.
 
     Args:
       config: the run.
@@ -109,38 +111,18 @@ def train(
       The last state, and how the run ended.
 
     Raises:
+      ConfigError: a stage trains parts that the model does not have.
       ShardingError: rows or parameters do not divide over the devices.
+      WorkdirError: `workdir` cannot be made, or another training is at work there.
       ConfigMismatch: `workdir` holds a run of another config.
       CheckpointError: a checkpoint cannot be read or written.
       MetricsError: the log cannot be written.
-      TrainingError: `max_bad_steps` non-finite steps in a row, or a stage's data came to an end.
+      TrainingError: `max_bad_steps` steps in a row were not finite or had nothing to train on, or a stage's data came
+        to an end.
     """
     run = _Run(config, Path(workdir), make_batches, make_mesh(config.train.mesh, devices), stream)
-    with _Signals() as signals:
+    with Signals() as signals:
         return run(signals)
-
-
-class _Signals:
-    """Notes the first SIGTERM or SIGINT. After it a SIGINT ends the process as if nobody had listened."""
-
-    def __init__(self):
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def _note(self, number, frame):
-        self.received = self.received or number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-            for number in self._before:
-                signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +148,19 @@ class _Run:
             check_rows(stage.rows, stage.accumulation, mesh)
         self.init_params = functools.partial(uhd.init_params, config.model)
         self.abstract_params = jax.eval_shape(self.init_params, jax.random.key(0))
+        for index in range(len(config.train.stages)):
+            self._target(index)  # what cannot be trained or sharded is refused before the workdir is made
+        init_from = config.train.init_from
+        if init_from and newest_step(workdir) is None:
+            require_same_model(init_from, load_model_config(init_from), config.model)
         self.peak = cost.peak_flops(mesh.devices.flatten().tolist(), config.train.peak_flops)
         self.saved_step: int | None = None
         self.start, self.seconds_before = time.monotonic(), 0.0
+        self.empty_total = self.empty_in_a_row = 0  # steps that had nothing to train on; in a row within a stage
 
-    def __call__(self, signals: _Signals) -> TrainResult:
+    def __call__(self, signals: Signals) -> TrainResult:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(claimed(self.workdir))
             self.checkpointer = Checkpointer(self.workdir, self.config.train.keep_checkpoints)
             stack.callback(self.checkpointer.close)
             state, first, iterator = self._start_or_resume()
@@ -198,7 +187,7 @@ class _Run:
             finished = index == len(self.config.train.stages) - 1 and int(state.stage_step) >= self._config(index).steps
             if signals.received:
                 saved = "nothing to save yet" if self.saved_step is None else f"step {self.saved_step} is saved"
-                self.console.say(f"{signal.Signals(signals.received).name}: {saved}; start again to continue")
+                self.console.say(f"interrupted: {saved}; start again to continue")
         return TrainResult(state, int(state.step), finished, signals.received, self._elapsed())
 
     def _elapsed(self) -> float:
@@ -221,7 +210,6 @@ class _Run:
             target = self._target(0)
             seed, init_from = self.config.train.seed, self.config.train.init_from
             if init_from:
-                require_same_model(init_from, load_model_config(init_from), self.config.model)
                 params, _ = load_model(init_from, lambda on_disk: target.params)
             else:
                 params = draw_params(self.init_params, seed, shardings_of(target.params))
@@ -231,14 +219,17 @@ class _Run:
         target = self._target(meta["stage_index"])
         restored = self.checkpointer.restore(step, target.params, _beside_params(target))
         self.saved_step, self.seconds_before = step, meta["elapsed_seconds"]
+        self.empty_total, self.empty_in_a_row = meta.get("empty_total", 0), meta.get("empty_in_a_row", 0)
         return TrainState(params=restored.params, **restored.training), meta["stage_index"], restored.iterator
 
-    def _stage(self, index: int, state: TrainState, iterator: dict[str, Any] | None, signals: _Signals) -> TrainState:
+    def _stage(self, index: int, state: TrainState, iterator: dict[str, Any] | None, signals: Signals) -> TrainState:
         """Runs a stage from the state's step to the stage's end or a signal."""
         stage = self._config(index)
         step, stage_step = int(state.step), int(state.stage_step)
         if stage_step >= stage.steps:
             return state
+        if stage_step == 0:
+            self.empty_in_a_row = 0
         steps = CompiledSteps(
             make_train_step(
                 lambda params, batch: uhd.loss_sums(params, batch, self.config.model),
@@ -249,18 +240,28 @@ class _Run:
             )
         )
         log = _Log(self, stage, steps)
-        with self.make_batches(self.config, index) as batches:
-            if iterator is not None:
-                batches.set_state(iterator)
+        with contextlib.ExitStack() as stack:
+            try:
+                with signals.waiting():
+                    batches = stack.enter_context(self.make_batches(self.config, index))
+                    if iterator is not None:
+                        batches.set_state(iterator)
+            except Interrupted:
+                return state
+            iterator = batches.get_state()
             while stage_step < stage.steps and not signals.received:
                 asked = time.monotonic()
                 try:
-                    batch, info = next(batches)
+                    with signals.waiting():
+                        batch, info = next(batches)
+                except Interrupted:
+                    break  # perhaps when the data had moved on: `iterator` is of before
                 except StopIteration:
                     raise TrainingError(
                         f"the data of stage {stage.name!r} ended after {stage_step} of {stage.steps} steps: give it "
                         f"more samples, or set the stage's steps to {stage_step}"
                     ) from None
+                iterator = batches.get_state()
                 waited = time.monotonic() - asked
                 fill = Fill.of(batch, info)
                 state, metrics = steps(state, place_batch(batch, self.mesh))
@@ -272,7 +273,7 @@ class _Run:
                 if due or too_many_bad:
                     # Before the save: a step in the checkpoint must not be missing from the log after a kill.
                     too_many_bad |= log.catch_up()
-                    self._save(index, state, batches)
+                    self._save(index, state, iterator)
                 if too_many_bad:
                     self.checkpointer.wait()
                     raise TrainingError(
@@ -282,10 +283,10 @@ class _Run:
                     )
             log.catch_up()
             if step not in (0, self.saved_step):
-                self._save(index, state, batches)
+                self._save(index, state, iterator)
         return state
 
-    def _save(self, index: int, state: TrainState, batches: Batches) -> None:
+    def _save(self, index: int, state: TrainState, iterator: dict[str, Any]) -> None:
         step = int(state.step)
         meta = {
             "config": to_dict(self.config),
@@ -294,9 +295,11 @@ class _Run:
             "step": step,
             "stage_step": int(state.stage_step),
             "elapsed_seconds": self._elapsed(),
+            "empty_total": self.empty_total,
+            "empty_in_a_row": self.empty_in_a_row,
             "version": __version__,
         }
-        self.checkpointer.save(step, state.params, _beside_params(state), batches.get_state(), meta)
+        self.checkpointer.save(step, state.params, _beside_params(state), iterator, meta)
         self.saved_step = step
 
 
@@ -335,7 +338,13 @@ class _Log:
         run.checkpointer.check()
         run.console.step(self._stage.name)
         bad = metrics["skipped_in_a_row"]
-        if bad:
+        empty = metrics["weight_sum"] == 0
+        run.empty_total += empty
+        run.empty_in_a_row = (run.empty_in_a_row + 1) * empty
+        metrics |= {"empty_total": run.empty_total, "empty_in_a_row": run.empty_in_a_row}
+        if empty:
+            run.console.say(f"step {entry.step}: nothing to train on, skipped ({run.empty_in_a_row} in a row)")
+        elif bad:
             run.console.say(f"step {entry.step}: loss or gradient is not finite, skipped ({bad} in a row)")
         if entry.step % train.log_every == 0 or entry.stage_step == self._stage.steps:
             record = {"stage": self._stage.name, "step": entry.step, "stage_step": entry.stage_step, **metrics}
@@ -344,4 +353,16 @@ class _Log:
             record |= {f"data/{key}": to_number(value) for key, value in entry.info.items()}
             for writer in (*run.writers, run.console):
                 writer.write(record)
-        return bad >= train.max_bad_steps
+        if run.empty_in_a_row >= min(train.max_bad_steps, self._stage.steps):
+            raise TrainingError(self._why_nothing(entry))
+        return not empty and bad >= train.max_bad_steps
+
+    def _why_nothing(self, entry: _Pending) -> str:
+        data = self._stage.data
+        counts = [f"{key} {to_number(value)}" for key, value in entry.info.items() if "dropped" in key and value]
+        return (
+            f"step {entry.step}: {self._run.empty_in_a_row} steps in a row had nothing to train on. Samples dropped so "
+            f"far, the first of them named above: {', '.join(counts) or 'none'}. Mend the data of stage "
+            f"{self._stage.name!r}, source {data.source!r} {to_dict(data)['options']}, and start again: the run goes "
+            f"on from its last checkpoint"
+        )

@@ -31,8 +31,8 @@ def make_train_step(
     The gradient is taken with respect to the trainable parameters only: weight gradients of frozen ones are not part of
     the program, nor is any backward pass before the first trainable parameter. Micro-batches add up sums of losses and
     of gradients, divided at the end by the global sum of weights, which is exactly the loss of the batch in one piece.
-    A step whose loss or gradient norm is not finite leaves parameters and optimiser state as they were and is counted;
-    so does a batch in which no token has a weight.
+    A step whose loss or gradient norm is not finite leaves parameters and optimiser state as they were and is counted.
+    So does a batch in which no token has a weight, uncounted: its loss, 0 / 0, is not the model's.
 
     Args:
       loss_sums: float32[] sum of weighted token losses and float32[] sum of weights of a batch.
@@ -81,15 +81,15 @@ def make_train_step(
         trainable, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (updated, opt_state), (trainable, state.opt_state)
         )
-        skipped = 1 - good.astype(jnp.int32)
+        bad = (~good & (weight_sum != 0)).astype(jnp.int32)
         state = dataclasses.replace(
             state,
             step=state.step + 1,
             stage_step=state.stage_step + 1,
             params=merge_params(trainable, frozen),
             opt_state=opt_state,
-            skipped_total=state.skipped_total + skipped,
-            skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+            skipped_total=state.skipped_total + bad,
+            skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + bad),
         )
         metrics = {
             "loss": loss,

@@ -1,0 +1,50 @@
+"""A run's folder: made if absent, and kept from other runs while this one is at work in it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+LOCK_FILE = ".training.lock"
+
+
+class WorkdirError(RuntimeError):
+    """The folder cannot be worked in; the message names it and says what to do."""
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path) -> Iterator[None]:
+    """Makes the folder and holds a lock on it. The system lets go of the lock however the process ends.
+
+    Of several processes of one run, the first holds the lock for all.
+
+    Raises:
+      WorkdirError: another run is at work there, or the folder cannot be made or written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                _lock(stack.enter_context(open(workdir / LOCK_FILE, "a")))
+        except BlockingIOError:
+            raise WorkdirError(
+                f"{workdir}: another training is at work there. Wait for its end, or use another workdir"
+            ) from None
+        except (FileExistsError, NotADirectoryError):
+            raise WorkdirError(f"{workdir} is a file, or lies below one; use another workdir") from None
+        except OSError as error:
+            raise WorkdirError(f"{workdir} cannot be made or written: {error.strerror}") from error
+        yield
+
+
+def _lock(file) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # some network file systems know no locks; training there works all the same
