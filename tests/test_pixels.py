@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from uhd_jax.config import SlicingConfig
+from uhd_jax.config import PreResizeConfig, SlicingConfig
 from uhd_jax.slicing.image_io import open_image
 from uhd_jax.slicing.pixels import cut_views, merge_order, view_pixels
 from uhd_jax.slicing.plan import Grid, Size, make_plan
@@ -101,9 +101,12 @@ def test_patches_are_the_views_in_merge_order(size, levels):
 
 
 @pytest.mark.parametrize("size", [Size(600, 800), Size(1000, 300), Size(449, 448)])
-def test_slices_tile_the_refined_image(size):
+@pytest.mark.parametrize(("rule", "levels"), [("v4", 2), ("v1", 0), ("fixed_2x2", 0)])
+def test_slices_tile_the_refined_image(size, rule, levels):
+    """No overlap, no gap, no padding."""
     image = noise(*size)
-    plan = make_plan(size, SlicingConfig(), 14, 2)
+    plan = make_plan(size, SlicingConfig(rule=rule), 14, levels)
+    assert plan.refined.height % plan.grid.rows == plan.refined.width % plan.grid.cols == 0
     thumbnail, *slices = view_pixels(image, plan)
     rows, cols = plan.grid
     tiled = np.concatenate([np.concatenate(slices[row * cols : (row + 1) * cols], axis=1) for row in range(rows)])
@@ -112,6 +115,46 @@ def test_slices_tile_the_refined_image(size):
     for pixels in (tiled, thumbnail):
         height, width, _ = pixels.shape
         np.testing.assert_array_equal(pixels, np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC)))
+
+
+def resized(image, size, resample=Image.Resampling.BICUBIC):
+    return np.asarray(Image.fromarray(image).resize((size.width, size.height), resample))
+
+
+def test_without_overview_the_slices_are_the_views():
+    image = noise(600, 800)
+    with_overview = make_plan(Size(600, 800), SlicingConfig(rule="v1"), 14, 0)
+    without = make_plan(Size(600, 800), SlicingConfig(rule="v1", overview=False), 14, 0)
+    views = cut_views(image, without, 14)
+    assert len(views) == without.grid.area > 1
+    for view, expected in zip(views, cut_views(image, with_overview, 14)[1:], strict=True):
+        np.testing.assert_array_equal(view, expected)
+
+
+def test_legacy_slices_are_cut_from_the_image_and_resized_each_to_its_size():
+    image = noise(489, 531)
+    plan = make_plan(Size(489, 531), SlicingConfig(rule="v1_legacy", scale_resolution=336), 14, 0)
+    assert plan.grid == (2, 2) and len({view.size for view in plan.slices}) == 3
+    tiles = [image[:244, :265], image[:244, 265:], image[244:, :265], image[244:, 265:]]
+    views = view_pixels(image, plan)
+    for view, pixels, tile in zip(plan.views, views, [image, *tiles], strict=True):
+        np.testing.assert_array_equal(pixels, resized(tile, view.size, Image.Resampling.LANCZOS))
+    alone = make_plan(Size(489, 531), SlicingConfig(rule="v1_legacy", scale_resolution=336), 14, 0, 1)
+    (view,) = view_pixels(image, alone)
+    np.testing.assert_array_equal(view, views[0])
+
+
+@pytest.mark.parametrize("rule", ["v4", "v1", "v1_legacy"])
+def test_resizing_before_slicing(rule):
+    """Bicubic, as published; then everything is as for an image of the new size."""
+    image = noise(90, 160)
+    before = SlicingConfig(rule=rule, scale_resolution=112, pre_resize=PreResizeConfig(long_side=320))
+    plan = make_plan(Size(90, 160), before, 14, 0)
+    assert plan.resized == (180, 320) and plan.slices
+    enlarged = resized(image, Size(180, 320))
+    direct = make_plan(Size(180, 320), SlicingConfig(rule=rule, scale_resolution=112), 14, 0)
+    for view, expected in zip(view_pixels(image, plan), view_pixels(enlarged, direct), strict=True):
+        np.testing.assert_array_equal(view, expected)
 
 
 def test_global_encoding_shows_the_whole_image():

@@ -108,9 +108,11 @@ def test_global_encoding_may_fill_the_patches_of_all_slices():
 def test_json():
     assert make_plan(Size(1080, 1920), SLICES, 14, 2).to_json() == {
         "image": [1080, 1920],
+        "resized": [1080, 1920],
         "grid": [2, 4],
         "thumbnail": [336, 616],
         "slice": [448, 448],
+        "slices": [[448, 448]] * 8,
         "views": 9,
         "patches": 9248,
         "visual_tokens": 578,

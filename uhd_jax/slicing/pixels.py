@@ -8,11 +8,14 @@ and the visual tokens come out in raster order. Attention inside a view does not
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from uhd_jax.slicing.plan import Grid, Plan, Size
+from uhd_jax.slicing.rules import parts_of
 
 
 @functools.lru_cache(maxsize=4096)
@@ -32,10 +35,11 @@ def merge_order(grid: Grid, levels: int) -> np.ndarray:
 
 
 def view_pixels(image: np.ndarray, plan: Plan) -> list[np.ndarray]:
-    """The views as pixels: uint8[height, width, 3] each, thumbnail first, then the slices in raster order.
+    """The views as pixels: uint8[height, width, 3] each, in the order of `Plan.views`.
 
     Thumbnail and slices are resized from the original, not from each other, with Pillow's antialiased bicubic filter
-    on uint8: bit-equal to the published processor.
+    on uint8: bit-equal to the published processors. A plan that was resized before slicing begins with that resize, in
+    the same way; one of v1_legacy cuts first and uses the Lanczos filter.
 
     Raises:
       ValueError: `image` is not uint8[H, W, 3] of the size the plan was made for.
@@ -43,31 +47,42 @@ def view_pixels(image: np.ndarray, plan: Plan) -> list[np.ndarray]:
     if image.dtype != np.uint8 or image.shape != (*plan.image, 3):
         raise ValueError(f"image is {image.dtype}{list(image.shape)}, the plan is for uint8{[*plan.image, 3]}")
     picture = Image.fromarray(image)
-    views = [_resize(picture, plan.thumbnail.size)]
-    if plan.slice:
-        refined = _resize(picture, plan.refined)
-        height, width = plan.slice.size
-        tops, lefts = range(0, refined.shape[0], height), range(0, refined.shape[1], width)
-        views += [refined[top : top + height, left : left + width] for top in tops for left in lefts]
-    return views
+    if plan.resized != plan.image:
+        picture = _resize(picture, plan.resized)
+    resample = Image.Resampling.LANCZOS if plan.cut_first else Image.Resampling.BICUBIC
+    views = [_resize(picture, plan.thumbnail.size, resample)] if plan.thumbnail else []
+    if plan.slices and plan.cut_first:
+        boxes = _boxes(parts_of(picture.height, plan.grid.rows), parts_of(picture.width, plan.grid.cols))
+        views += [_resize(picture.crop(b), v.size, resample) for b, v in zip(boxes, plan.slices, strict=True)]
+    elif plan.refined:
+        refined, (height, width) = _resize(picture, plan.refined), plan.slices[0].size
+        views += [refined.crop(box) for box in _boxes([height] * plan.grid.rows, [width] * plan.grid.cols)]
+    return [np.asarray(view) for view in views]
 
 
 def cut_views(image: np.ndarray, plan: Plan, patch_size: int) -> list[np.ndarray]:
-    """The patches of every view: uint8[P, 3 * patch_size**2], thumbnail first, then the slices in raster order.
+    """The patches of every view: uint8[P, 3 * patch_size**2], in the order of `Plan.views`.
 
     Patches are in merge order, values inside a patch in (channel, y, x) order.
 
     Raises:
       ValueError: as `view_pixels`; or `patch_size` is not the one the plan was made with.
     """
-    for view in plan.views[:2]:
+    for view in plan.views:
         if view.size != (view.patch_grid.rows * patch_size, view.patch_grid.cols * patch_size):
             raise ValueError(f"a view of {view.size} has no {view.patch_grid} patches of {patch_size} pixels")
     return [_to_merge_order(view, patch_size, plan.levels) for view in view_pixels(image, plan)]
 
 
-def _resize(picture: Image.Image, size: Size) -> np.ndarray:
-    return np.asarray(picture.resize((size.width, size.height), Image.Resampling.BICUBIC))
+def _resize(picture: Image.Image, size: Size, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
+    return picture.resize((size.width, size.height), resample)
+
+
+def _boxes(heights: Sequence[int], widths: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """(left, top, right, bottom) of tiles of these heights and widths, row after row."""
+    ends = [tuple(itertools.accumulate(sides, initial=0)) for sides in (heights, widths)]
+    rows, cols = (tuple(itertools.pairwise(sides)) for sides in ends)
+    return [(left, top, right, bottom) for top, bottom in rows for left, right in cols]
 
 
 def _to_merge_order(pixels: np.ndarray, patch_size: int, levels: int) -> np.ndarray:

@@ -1,47 +1,18 @@
 """Everything decided from an image's size alone: grid, view sizes, patch grids, visual tokens.
 
 Pure integers and float64 logarithms; no pixels, no JAX. One `Plan` serves the tokenizer, the model, the cost model, the
-viewer and the server, so placeholder counts and feature counts cannot disagree.
-Source: LLaVA-UHD v4 (arXiv 2605.08985) and the MiniCPM-V 4.6 image processor (spec v4 section 3.2).
+viewer and the server, so placeholder counts and feature counts cannot disagree. The rules are in `slicing.rules`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
-from uhd_jax.config import ImageLimits, ModelConfig, SlicingConfig
-
-
-class Size(NamedTuple):
-    """An image or view size in pixels."""
-
-    height: int
-    width: int
-
-    def __str__(self) -> str:
-        return f"{self.height}x{self.width}"
-
-
-class Grid(NamedTuple):
-    """A number of rows and columns: of slices, or of patches in a view."""
-
-    rows: int
-    cols: int
-
-    @property
-    def area(self) -> int:
-        """rows x cols."""
-        return self.rows * self.cols
-
-    def __str__(self) -> str:
-        return f"{self.rows}x{self.cols}"
-
-
-class ImageRefused(ValueError):
-    """The image cannot be used: unreadable, hostile, or of a size outside the configured limits."""
+from uhd_jax.config import ModelConfig, SlicingConfig
+from uhd_jax.slicing import rules
+from uhd_jax.slicing.sizes import Grid, ImageRefused, Size, check_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +26,30 @@ class ViewPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What becomes of one image. `grid` is (0, 0) when the image is not sliced; then `slice` is None."""
+    """What becomes of one image. `grid` is (0, 0) and `slices` is empty when the image is not sliced."""
 
     image: Size
+    resized: Size  # to which the image is resized before all else (SlicingConfig.pre_resize), mostly its own size
     levels: int  # 2x2 merges between patches and visual tokens
     grid: Grid
-    thumbnail: ViewPlan
-    slice: ViewPlan | None
+    thumbnail: ViewPlan | None  # None: a sliced image without overview
+    slices: tuple[ViewPlan, ...]  # in raster order
+    cut_first: bool  # v1_legacy: slices are cut out and then resized, each to its own size
 
     @property
     def views(self) -> tuple[ViewPlan, ...]:
-        """Thumbnail first, then slices in raster order."""
-        return (self.thumbnail,) + (self.slice,) * self.grid.area
+        """Thumbnail first, if there is one, then slices in raster order."""
+        return (self.thumbnail, *self.slices) if self.thumbnail else self.slices
+
+    @property
+    def slice(self) -> ViewPlan | None:
+        """What all slices are like; None when there are none or they differ."""
+        return self.slices[0] if len(set(self.slices)) == 1 else None
 
     @property
     def refined(self) -> Size | None:
-        """Size to which the image is resized before it is cut into slices."""
-        if self.slice is None:
+        """Size to which the image is resized before it is cut into slices; None when it is not."""
+        if self.slice is None or self.cut_first:
             return None
         return Size(self.slice.size.height * self.grid.rows, self.slice.size.width * self.grid.cols)
 
@@ -89,37 +67,33 @@ class Plan:
         """JSON types only: sizes as [height, width], grids as [rows, cols], `views` as their number."""
         return {
             "image": list(self.image),
+            "resized": list(self.resized),
             "grid": list(self.grid),
-            "thumbnail": list(self.thumbnail.size),
+            "thumbnail": list(self.thumbnail.size) if self.thumbnail else None,
             "slice": list(self.slice.size) if self.slice else None,
+            "slices": [list(view.size) for view in self.slices],
             "views": len(self.views),
             "patches": self.patches,
             "visual_tokens": self.visual_tokens,
         }
 
 
-def check_size(size: Size, limits: ImageLimits) -> None:
-    """Raises `ImageRefused` when an image of `size` breaks the limits on sides, pixels or aspect ratio."""
-    height, width = size
-    if min(size) < 1:
-        raise ImageRefused(f"size {height}x{width}: an image needs at least one pixel on each side")
-    if max(size) > limits.max_side:
-        raise ImageRefused(f"size {height}x{width}: a side is above max_side={limits.max_side}; shrink the image")
-    if height * width > limits.max_pixels:
-        raise ImageRefused(
-            f"size {height}x{width}: {height * width} pixels are above max_pixels={limits.max_pixels}; shrink the image"
-        )
-    if max(size) > min(size) * limits.max_aspect_ratio:
-        raise ImageRefused(
-            f"size {height}x{width}: the aspect ratio {max(size) / min(size):.0f} is above "
-            f"max_aspect_ratio={limits.max_aspect_ratio:g}; crop the image or cut it into several"
-        )
+def plan_image(
+    size: Size, model: ModelConfig, mode: str | None = None, max_slices: int | None = None, draw: float = 1.0
+) -> Plan:
+    """Decides how an image of `size` becomes views of a model; other arguments and errors as of `make_plan`.
 
-
-def plan_image(size: Size, model: ModelConfig, mode: str | None = None, max_slices: int | None = None) -> Plan:
-    """Decides how an image of `size` becomes views of a model; arguments and errors as of `make_plan`."""
+    Args:
+      size: (height, width) in pixels, after any EXIF rotation.
+      model: slicing, tower, compressor and connector.
+      mode: "16x" or "4x"; None for the model's.
+      max_slices: replaces the limit of `model.slicing`.
+      draw: a number from [0, 1). In training it is random, and below pre_resize.refill_probability an image too small
+        for pre_resize.refill_slices slices is enlarged to their area; the default never is.
+    """
     levels, queries = model.merge_levels(mode), model.connector.queries
-    return make_plan(size, model.slicing, model.tower.patch_size, levels, max_slices, queries)
+    refill = draw < model.slicing.pre_resize.refill_probability
+    return make_plan(size, model.slicing, model.tower.patch_size, levels, max_slices, queries, refill)
 
 
 @functools.lru_cache(maxsize=65_536)
@@ -130,6 +104,7 @@ def make_plan(
     levels: int,
     max_slices: int | None = None,
     queries: int = 0,
+    refill: bool = False,
 ) -> Plan:
     """Decides how an image of `size` is cut.
 
@@ -145,8 +120,9 @@ def make_plan(
       patch_size: side of a patch in pixels.
       levels: number of 2x2 merges up to the visual tokens (`ModelConfig.merge_levels`); view sides are multiples of
         patch_size * 2**levels.
-      max_slices: replaces slicing.max_slices, e.g. by a stage's or a request's own limit.
+      max_slices: replaces slicing.max_slices, e.g. by a stage's or a request's own limit; see `rules.cut`.
       queries: visual tokens of every view, where they do not depend on its size; 0: patches / 4**levels.
+      refill: an image with fewer than pre_resize.refill_slices slices is first enlarged to their area.
 
     Raises:
       ImageRefused: the size breaks slicing.limits, or a view has more patches than allowed.
@@ -157,20 +133,21 @@ def make_plan(
         raise ValueError(f"max_slices={max_slices}: must be at least 1")
     size = Size(*size)
     check_size(size, slicing.limits)
-    side, multiple = slicing.scale_resolution, patch_size * 2**levels
+    multiple = patch_size * 2**levels
 
     def view(size: Size) -> ViewPlan:
         patch_grid = Grid(size.height // patch_size, size.width // patch_size)
         return ViewPlan(size, patch_grid, queries or patch_grid.area // 4**levels)
 
-    if slicing.encoding == "global":
-        grid, thumbnail = Grid(0, 0), _global_size(size, side, max_slices, multiple)
-        allowed = slicing.max_view_patches * max_slices
-    else:
-        grid, thumbnail = _best_grid(size, side, max_slices), _fit(*size, side, multiple)
-        allowed = slicing.max_view_patches
-    slice_plan = view(_slice_size(size, grid, side, multiple)) if grid.area else None
-    plan = Plan(size, levels, grid, view(thumbnail), slice_plan)
+    resized = rules.long_side_size(size, slicing.pre_resize)
+    cut = rules.cut(resized, slicing, max_slices, multiple)
+    if refill and cut.grid.area < slicing.pre_resize.refill_slices:
+        resized = rules.refilled_size(resized, slicing.pre_resize.refill_slices, slicing.scale_resolution)
+        cut = rules.cut(resized, slicing, max_slices, multiple)
+    thumbnail = view(cut.thumbnail) if slicing.overview or not cut.slices else None
+    slices = tuple(view(size) for size in cut.slices)
+    plan = Plan(size, resized, levels, cut.grid, thumbnail, slices, cut_first=slicing.rule == "v1_legacy")
+    allowed = slicing.max_view_patches * (max_slices if slicing.encoding == "global" else 1)
     largest = max(plan.views, key=lambda view: view.patch_grid.area)
     if largest.patch_grid.area > allowed:
         raise ImageRefused(
@@ -178,50 +155,3 @@ def make_plan(
             "allowed; crop the image or raise slicing.max_view_patches"
         )
     return plan
-
-
-def _round_to(value: float, multiple: int) -> int:
-    """Nearest multiple, ties to the even one (Python's round), never below one multiple."""
-    return max(round(value / multiple) * multiple, multiple)
-
-
-def _fit(height: float, width: float, side: float, multiple: int) -> Size:
-    """About side**2 pixels in the aspect ratio of height x width. Both truncations are the reference's."""
-    ratio = width / height
-    fitted_height = int(side / math.sqrt(ratio))
-    fitted_width = int(fitted_height * ratio)
-    return Size(_round_to(fitted_height, multiple), _round_to(fitted_width, multiple))
-
-
-def _global_size(size: Size, side: int, max_slices: int, multiple: int) -> Size:
-    area = size.height * size.width
-    if area <= side**2:
-        return _fit(*size, side, multiple)
-    if area > max_slices * side**2:
-        return _fit(*size, side * math.sqrt(max_slices), multiple)
-    return Size(_round_to(size.height, multiple), _round_to(size.width, multiple))
-
-
-def _best_grid(size: Size, side: int, max_slices: int) -> Grid:
-    """The grid whose shape is nearest to the image's in log aspect ratio; (0, 0) when the image is not sliced.
-
-    float64 throughout: for squares between 1002 and 1185 pixels the last bit of a logarithm decides.
-    """
-    count = min(-(-size.height * size.width // side**2), max_slices)
-    if count <= 1:
-        return Grid(0, 0)
-    log_ratio = math.log(size.width / size.height)
-    candidates = [
-        Grid(rows, number // rows)
-        for number in (count - 1, count, count + 1)
-        if 1 < number <= max_slices
-        for rows in range(1, number + 1)
-        if number % rows == 0
-    ]
-    return min(candidates, key=lambda grid: (abs(log_ratio - math.log(grid.cols / grid.rows)), -grid.rows))
-
-
-def _slice_size(size: Size, grid: Grid, side: int, multiple: int) -> Size:
-    height = _round_to(size.height, grid.rows) / grid.rows
-    width = _round_to(size.width, grid.cols) / grid.cols
-    return _fit(height, width, side, multiple)
