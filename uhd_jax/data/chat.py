@@ -1,4 +1,8 @@
-"""Messages and plans to token ids: ChatML around the visual blocks (spec: v4 section 2.8).
+"""Messages and plans to token ids: a prompt form around the visual blocks (spec: v4 section 2.8, v1-v2 section 4).
+
+    chatml     <|im_start|>user\\n{image}\\n{question}<|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>
+    vicuna_v1  {system} USER: {image}\\n{question} ASSISTANT: {answer}</s>USER: {question} ASSISTANT: {answer}</s>
+    plain      {image}{caption}\\n
 
 Everything here follows from texts and image sizes; no pixels are read, so the length of a sample and its number of
 views are known before an image is decoded.
@@ -9,21 +13,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from uhd_jax.config import ChatConfig
-from uhd_jax.data.tokenizer import THINK_END, THINK_START, Tokenizer
-from uhd_jax.slicing.layout import ViewRun, visual_block
+from uhd_jax.data.tokenizer import THINK_END, THINK_START, Tokenizer, TokenizerError
+from uhd_jax.slicing.layout import COMMA, Separator, ViewRun, visual_block
 from uhd_jax.slicing.plan import Plan
 
 ROLES = ("system", "user", "assistant")
 
 
 class ChatError(ValueError):
-    """The messages cannot be encoded: an unknown role, images that do not match, or nothing to answer."""
+    """The messages cannot be encoded: an unknown role, images or turns that do not match, or nothing to answer."""
 
 
 class ImagePart(NamedTuple):
@@ -70,16 +74,23 @@ class _Mark(NamedTuple):
     name: str
 
 
-_Item = str | _Mark | ViewRun
+_Item = str | _Mark | ViewRun | Separator
+_Piece = tuple[_Item, bool]  # and whether it is trained
 
 
 def encode_chat(
     messages: Sequence[Message], plans: Sequence[Plan], tokenizer: Tokenizer, chat: ChatConfig, generate: bool = False
 ) -> EncodedSample:
-    """Encodes a conversation.
+    """Encodes a conversation in the prompt form `chat.template`.
 
-    In a turn, visual blocks and stripped texts are joined by newlines. Trained are the answers with their end-of-turn
-    token; the empty think block that `chat.empty_think` puts before the last answer is not.
+    In a turn, visual blocks and stripped texts are joined by newlines. Trained are the answers with the mark of their
+    end, `chat.turn_end`. The first token of a sample is never trained: nothing predicts it.
+
+    "chatml": the empty think block that `chat.empty_think` puts before the last answer is not trained. With
+    `chat.train_turn_marks` also trained are the headings of answers and, everywhere outside visual blocks, turn marks
+    and newlines; and the sample ends with a newline. So does the released v2 code for Qwen2.
+    "plain", for stages of captions: one turn with images and one answer, of which caption and newline are trained. The
+    user's texts and `chat.system` are left out.
 
     Args:
       messages: the turns. `chat.system` becomes a first turn unless they begin with a system turn.
@@ -89,14 +100,27 @@ def encode_chat(
       generate: the sequence ends where the next answer begins.
 
     Raises:
-      ChatError: an unknown role, an image shown not exactly once, in order, and outside answers, or `generate` after
-        an answer.
-      TokenizerError: the tokenizer lacks a mark.
+      ChatError: an unknown role, an image shown not exactly once, in order, and outside answers, turns for which the
+        prompt form has no place, or `generate` after an answer.
+      ConfigError: as of `visual_block`.
+      TokenizerError: the tokenizer lacks a mark, or a separator is not one id.
     """
     _check(messages, plans, generate)
-    if chat.system and messages[0].role != "system":
+    if chat.system and messages[0].role != "system" and chat.template != "plain":
         messages = (Message("system", (chat.system,)), *messages)
-    return _to_ids(_pieces(messages, plans, chat, generate), plans, tokenizer, chat)
+    return _to_ids(_TEMPLATES[chat.template](messages, plans, chat, generate), plans, tokenizer, chat)
+
+
+def visual_places(plans: Sequence[Plan], chat: ChatConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Which visual token stands at which placeholder, for the images of a sample in the order of its text.
+
+    Returns:
+      int32[N] number of the view over all images, and int32[N] token inside that view.
+    """
+    runs = [item for index in range(len(plans)) for item in _block(plans, chat, index) if isinstance(item, ViewRun)]
+    places = [(run.view, run.start + token) for run in runs for token in range(run.tokens)]
+    view, view_token = np.array(places, np.int32).reshape(-1, 2).T
+    return view, view_token
 
 
 def _check(messages: Sequence[Message], plans: Sequence[Plan], generate: bool) -> None:
@@ -116,77 +140,158 @@ def _check(messages: Sequence[Message], plans: Sequence[Plan], generate: bool) -
         raise ChatError("the last message is an answer already; nothing to generate")
 
 
-def _pieces(
-    messages: Sequence[Message], plans: Sequence[Plan], chat: ChatConfig, generate: bool
-) -> list[tuple[_Item, bool]]:
-    """Texts, marks and view runs in order, each with whether it is trained."""
-    pieces: list[tuple[_Item, bool]] = []
-
-    def add(trained: bool, *items: _Item) -> None:
-        pieces.extend((item, trained) for item in items)
-
+def _chatml(messages: Sequence[Message], plans: Sequence[Plan], chat: ChatConfig, generate: bool) -> Iterator[_Piece]:
     think = (_Mark(THINK_START), "\n\n", _Mark(THINK_END), "\n\n") if chat.empty_think else ()
     answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
-    views = 0
     for number, message in enumerate(messages):
-        if number > 0:
-            add(False, "\n")
-        add(False, _Mark(chat.turn_start), f"{message.role}\n")
-        if [number] == answers[-1:] and not generate:
-            add(False, *think)
         trained = message.role == "assistant"
-        separator = ""
-        for part in message.parts:
-            if isinstance(part, ImagePart):
-                add(trained, separator, *_block(plans[part.index], chat, part.index, views))
-                views += len(plans[part.index].views)
-            elif part.strip():
-                add(trained, separator, part.strip())
-            else:
-                continue
-            separator = "\n"
-        add(trained, _Mark(chat.turn_end))
+        if number > 0:
+            yield "\n", False
+        yield from _all((_Mark(chat.turn_start), f"{message.role}\n"), trained and chat.train_turn_marks)
+        if [number] == answers[-1:] and not generate:
+            yield from _all(think, False)
+        yield from _all((*_content(message, plans, chat), _Mark(chat.turn_end)), trained)
     if generate:
-        add(False, "\n", _Mark(chat.turn_start), "assistant\n", *think)
-    return pieces
+        yield from _all(("\n", _Mark(chat.turn_start), "assistant\n", *think), False)
+    elif chat.train_turn_marks:
+        yield "\n", True
 
 
-def _block(plan: Plan, chat: ChatConfig, number: int, first_view: int) -> Iterator[_Item]:
-    """The visual block of an image, its views numbered from `first_view`."""
+def _vicuna(messages: Sequence[Message], plans: Sequence[Plan], chat: ChatConfig, generate: bool) -> Iterator[_Piece]:
+    for number, message in enumerate(messages):
+        content = _content(message, plans, chat)
+        if message.role == "assistant":
+            yield "ASSISTANT:", False
+            yield from _all((" ", *content) if content else (), True)
+            yield _Mark(chat.turn_end), True
+        elif message.role == "user":
+            yield from _all(("USER: ", *content, " "), False)
+        elif number == 0:
+            yield from _all((*content, " "), False)
+        else:
+            raise ChatError("the template 'vicuna_v1' has no place for a system message after the first message")
+    if generate:
+        yield "ASSISTANT:", False
+
+
+def _plain(messages: Sequence[Message], plans: Sequence[Plan], chat: ChatConfig, generate: bool) -> Iterator[_Piece]:
+    roles, needed = [message.role for message in messages], ["user"] if generate else ["user", "assistant"]
+    if roles != needed or not plans:
+        raise ChatError(
+            f"the template 'plain' needs the turns {needed} and at least one image, not {roles} and {len(plans)} images"
+        )
+    images = [part for part in messages[0].parts if isinstance(part, ImagePart)]
+    if generate and any(part.strip() for part in messages[0].parts if isinstance(part, str)):
+        raise ChatError("the template 'plain' has no place for a question; ask with an empty text")
+    yield from _all(_content(Message("user", tuple(images)), plans, chat), False)
+    if not generate:
+        yield from _all((*_content(messages[1], plans, chat), "\n"), True)
+
+
+_TEMPLATES = {"chatml": _chatml, "vicuna_v1": _vicuna, "plain": _plain}
+
+
+def _all(items: Iterable[_Item], trained: bool) -> Iterator[_Piece]:
+    return ((item, trained) for item in items)
+
+
+def _content(message: Message, plans: Sequence[Plan], chat: ChatConfig) -> list[_Item]:
+    """What a turn says: its visual blocks and stripped texts, joined by newlines."""
+    parts = message.parts
+    if chat.images_first:
+        parts = sorted(parts, key=lambda part: isinstance(part, str))
+    items: list[_Item] = []
+    for part in parts:
+        said = [part.strip()] if isinstance(part, str) else _block(plans, chat, part.index)
+        if said != [""]:
+            items += ["\n", *said] if items else said
+    return items
+
+
+def _block(plans: Sequence[Plan], chat: ChatConfig, number: int) -> list[_Item]:
+    """The visual block of an image, its views numbered over all images."""
     names = (chat.image_start, chat.image_end, chat.slice_start, chat.slice_end, chat.image_id_start, chat.image_id_end)
     marks = re.compile("(" + "|".join(map(re.escape, names)) + ")")
-    for item in visual_block(plan, chat, number):
-        if isinstance(item, ViewRun):
-            yield item._replace(view=item.view + first_view)
+    first_view = sum(len(plan.views) for plan in plans[:number])
+    items: list[_Item] = []
+    for part in visual_block(plans[number], chat, number):
+        if isinstance(part, ViewRun):
+            items.append(part._replace(view=part.view + first_view))
+        elif isinstance(part, Separator):
+            items.append(part)
         else:
-            yield from (_Mark(text) if text in names else text for text in marks.split(item) if text)
+            items += [_Mark(text) if text in names else text for text in marks.split(part) if text]
+    return items
 
 
-def _to_ids(
-    pieces: Sequence[tuple[_Item, bool]], plans: Sequence[Plan], tokenizer: Tokenizer, chat: ChatConfig
-) -> EncodedSample:
+def _to_ids(pieces: Iterable[_Piece], plans: Sequence[Plan], tokenizer: Tokenizer, chat: ChatConfig) -> EncodedSample:
     tokens, trained, view, view_token = [], [], [], []
+    always: set[int] = set()  # trained in every turn
+    if chat.template == "chatml" and chat.train_turn_marks:
+        newline = _single_id("\n", tokenizer, "switch config.model.chat.train_turn_marks off")
+        always = {newline, tokenizer.special(chat.turn_start), tokenizer.special(chat.turn_end)}
 
-    def add(ids: Sequence[int], is_trained: bool, of_view: int = -1) -> None:
+    def add(ids: Sequence[int], is_trained: Iterable[bool], of_view: int = -1, first: int = 0) -> None:
         tokens.extend(ids)
-        trained.extend([is_trained] * len(ids))
+        trained.extend(is_trained)
         view.extend([of_view] * len(ids))
-        view_token.extend(range(len(ids)) if of_view >= 0 else [0] * len(ids))
+        view_token.extend(range(first, first + len(ids)) if of_view >= 0 else [0] * len(ids))
 
-    # Neighbouring texts are encoded as one, as a tokenizer that reads the whole prompt would.
-    for (kind, is_trained), group in itertools.groupby(pieces, lambda piece: (type(piece[0]), piece[1])):
-        items = [item for item, _ in group]
+    if chat.bos:
+        add([tokenizer.special(chat.bos)], [False])
+    for kind, group in itertools.groupby(pieces, lambda piece: type(piece[0])):
         if kind is str:
-            add(tokenizer.encode("".join(items)), is_trained)
-        elif kind is _Mark:
-            add([tokenizer.special(mark.name) for mark in items], is_trained)
-        else:
-            for run in items:
-                add([tokenizer.special(chat.placeholder)] * run.tokens, False, run.view)
+            for ids, is_trained in _text_ids(group, tokenizer, joined=chat.template == "vicuna_v1"):
+                add(ids, [is_trained or i in always for i in ids])
+            continue
+        for item, is_trained in group:
+            if isinstance(item, ViewRun):
+                add([tokenizer.special(chat.placeholder)] * item.tokens, [False] * item.tokens, item.view, item.start)
+            elif isinstance(item, Separator):
+                add([_separator_id(item, tokenizer, chat)], [False])
+            else:
+                mark = tokenizer.special(item.name)
+                add([mark], [is_trained or mark in always])
     return EncodedSample(
         tokens=np.array(tokens, np.int32),
-        trained=np.array(trained, bool),
+        trained=np.array([False, *trained[1:]], bool),
         view=np.array(view, np.int32),
         view_token=np.array(view_token, np.int32),
         plans=tuple(plans),
     )
+
+
+def _text_ids(
+    pieces: Iterable[tuple[str, bool]], tokenizer: Tokenizer, joined: bool
+) -> Iterator[tuple[list[int], bool]]:
+    """Ids of texts that follow each other, apart by whether they are trained.
+
+    Those alike are encoded as one, as a tokenizer that reads the whole prompt would. With `joined` all are: a
+    sentencepiece vocabulary has the space before an answer in the answer's first token. What two encodings have in
+    common at their beginning then belongs to the shorter text.
+    """
+    texts = [("".join(text for text, _ in group), flag) for flag, group in itertools.groupby(pieces, lambda p: p[1])]
+    if not joined:
+        yield from ((tokenizer.encode(text), flag) for text, flag in texts)
+        return
+    whole, start, so_far = tokenizer.encode("".join(text for text, _ in texts)), 0, ""
+    for text, flag in texts:
+        so_far += text
+        pairs = zip(tokenizer.encode(so_far), whole, strict=False)
+        end = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        yield whole[start:end], flag
+        start = end
+
+
+def _separator_id(separator: Separator, tokenizer: Tokenizer, chat: ChatConfig) -> int:
+    if chat.separator_ids:
+        comma, newline = chat.separator_ids
+        return comma if separator.text == COMMA else newline
+    return _single_id(separator.text, tokenizer, "set config.model.chat.separator_ids to the ids of comma and newline")
+
+
+def _single_id(text: str, tokenizer: Tokenizer, remedy: str) -> int:
+    ids = tokenizer.encode(text)
+    if len(ids) != 1:
+        raise TokenizerError(f"tokenizer {tokenizer.name}: {text!r} is {len(ids)} ids, not one; {remedy}")
+    return ids[0]

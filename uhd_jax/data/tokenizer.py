@@ -117,6 +117,7 @@ def byte_tokenizer(chat: ChatConfig | None = None) -> Tokenizer:
     marks = (
         *(chat.padding, chat.turn_start, chat.turn_end, chat.placeholder),
         *(chat.image_start, chat.image_end, chat.slice_start, chat.slice_end, chat.image_id_start, chat.image_id_end),
+        *((chat.bos,) if chat.bos else ()),
         *(THINK_START, THINK_END),
     )
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
