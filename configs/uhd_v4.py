@@ -21,6 +21,7 @@ has not been run at full size.
 from ml_collections import ConfigDict
 
 from uhd_jax.config import ConfigError
+from uhd_jax.config.presets import QWEN3_8B
 from uhd_jax.training.stages import recipe
 
 STAGES = ("stage1", "stage2", "stage3", "stage4")
@@ -44,17 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
         {
             "name": "uhd_v4",
             "model": {
-                "decoder": {  # Qwen3-8B; its spare vocabulary rows take the marks around images
-                    "vocab_size": 151_936,
-                    "width": 4096,
-                    "mlp_width": 12_288,
-                    "layers": 36,
-                    "heads": 32,
-                    "kv_heads": 8,
-                    "head_dim": 128,
-                    "rope_theta": 1e6,
-                    "qk_norm": True,
-                },
+                "decoder": QWEN3_8B,  # its spare vocabulary rows take the marks around images
             },
             "train": {
                 "stages": [stage for stage in stages if stage["name"] in chosen],

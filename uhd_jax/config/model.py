@@ -92,6 +92,11 @@ class TowerConfig:
             "heads",
             f"width {self.width} / heads {self.heads} must be a multiple of 4 for two-dimensional rotary positions",
         )
+        require(
+            self.kind != "siglip2" or self.table_cols in (0, self.table_side),
+            "table_cols",
+            f"{self.table_cols} with table_side {self.table_side}: kind 'siglip2' has a square table; set 0",
+        )
         require(self.skipped_layers < self.layers, "skipped_layers", f"leaves none of {self.layers} layers")
         require(self.kind == "clip" or self.skipped_layers == 0, "skipped_layers", f"must be 0 for kind {self.kind!r}")
 
@@ -99,6 +104,16 @@ class TowerConfig:
     def table_shape(self) -> tuple[int, int]:
         """Rows and columns of the position table."""
         return self.table_side, self.table_cols or self.table_side
+
+    @property
+    def pixel_mean(self) -> tuple[float, float, float]:
+        """Of red, green and blue in [0, 1], subtracted from a pixel."""
+        return (0.48145466, 0.4578275, 0.40821073) if self.kind == "clip" else (0.5, 0.5, 0.5)
+
+    @property
+    def pixel_std(self) -> tuple[float, float, float]:
+        """Of red, green and blue in [0, 1]; a pixel less its mean is divided by it."""
+        return (0.26862954, 0.26130258, 0.27577711) if self.kind == "clip" else (0.5, 0.5, 0.5)
 
     @property
     def patch_dim(self) -> int:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from uhd_jax.ops.attention import attention
+from uhd_jax.ops.rope import apply_rope_pairs
 from uhd_jax.sharding.activations import over_rows
 
 Dtype = Any
@@ -69,24 +70,42 @@ class Attention(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """Self-attention on x float[B, T, D] with mask bool[B, 1, 1, T] or None -> float[B, T, D]."""
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, angles: tuple[jax.Array, jax.Array] | None = None
+    ) -> jax.Array:
+        """Self-attention on x float[B, T, D] with mask bool[B, 1, 1, T] or None -> float[B, T, D].
+
+        With `angles` of `rope_angles_2d`, queries and keys are rotated.
+        """
         width = x.shape[-1]
         split = (*x.shape[:-1], self.heads, width // self.heads)
         query, key, value = (dense(width, self.dtype, n)(x).reshape(split) for n in ("query", "key", "value"))
+        if angles is not None:
+            query, key = apply_rope_pairs(query, angles), apply_rope_pairs(key, angles)
         return dense(width, self.dtype, "out")(attention(query, key, value, mask).reshape(x.shape))
 
 
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """The tanh approximation of GELU."""
+    return nn.gelu(x, approximate=True)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """The approximation of GELU that CLIP was trained with."""
+    return x * nn.sigmoid(1.702 * x)
+
+
 class Mlp(nn.Module):
-    """Two linear layers around a tanh-approximated GELU."""
+    """Two linear layers around a GELU."""
 
     width: int
     dtype: Dtype
+    activation: Callable[[jax.Array], jax.Array] = gelu_tanh
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """float[..., D] -> float[..., D]."""
-        hidden = nn.gelu(dense(self.width, self.dtype, "fc1")(x), approximate=True)
+        hidden = self.activation(dense(self.width, self.dtype, "fc1")(x))
         return dense(x.shape[-1], self.dtype, "fc2")(hidden)
 
 
