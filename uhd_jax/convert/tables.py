@@ -150,7 +150,7 @@ def import_tensors(
             else:
                 parts.append(entry.forth(np.asarray(tensors[name], np.float32)))
         if len(parts) == len(names):
-            flat[path] = np.stack(parts) if entry.stacked else np.ascontiguousarray(parts[0])
+            flat[path] = np.stack(parts) if entry.stacked else np.asarray(parts[0], order="C")
     left = [name for name in tensors if name not in used and not dropped(name)]
     problems += [f"unexpected {name} {tuple(tensors[name].shape)}" for name in left]
     problems += [f"the model does not use part {i} of {name}" for name, parts in unused.items() for i in sorted(parts)]
@@ -176,9 +176,9 @@ def export_tensors(table: Iterable[Entry], params: Mapping[str, Any]) -> dict[st
         for name, layer in zip(entry.names(len(value) if entry.stacked else 1), layers, strict=True):
             tensor = entry.rule.back(layer, entry.foreign_shape)
             if entry.part is None:
-                tensors[name] = np.ascontiguousarray(tensor)
+                tensors[name] = np.asarray(tensor, order="C")
             else:
                 cut.setdefault(name, [None] * entry.part[1])[entry.part[0]] = tensor
     if incomplete := sorted(name for name, parts in cut.items() if any(part is None for part in parts)):
         raise ConvertError("parts without a parameter in:\n  " + "\n  ".join(incomplete))
-    return tensors | {name: np.concatenate(parts) for name, parts in cut.items()}
+    return tensors | {name: np.ascontiguousarray(np.concatenate(parts)) for name, parts in cut.items()}
