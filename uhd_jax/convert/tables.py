@@ -181,4 +181,4 @@ def export_tensors(table: Iterable[Entry], params: Mapping[str, Any]) -> dict[st
                 cut.setdefault(name, [None] * entry.part[1])[entry.part[0]] = tensor
     if incomplete := sorted(name for name, parts in cut.items() if any(part is None for part in parts)):
         raise ConvertError("parts without a parameter in:\n  " + "\n  ".join(incomplete))
-    return tensors | {name: np.ascontiguousarray(np.concatenate(parts)) for name, parts in cut.items()}
+    return tensors | {name: np.asarray(np.concatenate(parts), order="C") for name, parts in cut.items()}

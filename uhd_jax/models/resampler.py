@@ -65,8 +65,8 @@ class WindowAttention(nn.Module):
         return layers.dense(width, self.dtype, "out", init=query_init)(out)
 
 
-class _Resampler(nn.Module):
-    """What both have in common: the parameters, and all but keys and values."""
+class Resampler(nn.Module):
+    """What resamplers have in common: their configuration, and all but keys and values."""
 
     config: ConnectorConfig
     width: int  # of the decoder
@@ -89,7 +89,7 @@ class _Resampler(nn.Module):
         return self._norm("post_norm")(attended) @ kernel.astype(self.dtype)
 
 
-class Perceiver(_Resampler):
+class Perceiver(Resampler):
     """Every query attends to all patches of a view, and on a pyramid to those of all levels.
 
     The original resized its positions to 24 x 24 whatever the view; here they are resized to its own patch grid.
@@ -125,7 +125,7 @@ class Perceiver(_Resampler):
         return self._finish(attend(self._queries(positions)[None], key[:, None], value[:, None], mask)[:, 0])
 
 
-class SpatialResampler(_Resampler):
+class SpatialResampler(Resampler):
     """Every query attends to the few pooled bins of its own window of the view."""
 
     @nn.compact
