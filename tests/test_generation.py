@@ -14,7 +14,7 @@ from PIL import Image
 
 import uhd_jax
 from uhd_jax.checkpoint import CheckpointError, save_model
-from uhd_jax.config import CompressorConfig, DecoderConfig, ModelConfig, SlicingConfig, TowerConfig
+from uhd_jax.config import ChatConfig, CompressorConfig, DecoderConfig, ModelConfig, SlicingConfig, TowerConfig
 from uhd_jax.data.tokenizer import byte_tokenizer
 from uhd_jax.generation.assistant import Assistant, PromptError, _room
 from uhd_jax.generation.decode import Sampling, choose_tokens
@@ -208,7 +208,10 @@ def test_slice_limit_and_mode_of_a_request(model):
     assert isinstance(model.generate("?", [SMALL], mode="4x", max_new_tokens=3), str)
 
 
-def test_logits_continue_to_the_greedy_answer(model):
+@pytest.mark.parametrize("layout", ["v4", "A"])
+def test_logits_continue_to_the_greedy_answer(model, layout):
+    config = dataclasses.replace(CONFIG, chat=ChatConfig(layout=layout))
+    model = Assistant(config, model.params, model.tokenizer, model.max_length)
     ids = model.prepare(PROMPTS[1], IMAGES[1]).token_ids
     for _ in range(4):
         ids = np.append(ids, model.logits(ids, IMAGES[1])[-1].argmax())

@@ -16,7 +16,7 @@ from uhd_jax.batch import Batch, Bucket
 from uhd_jax.checkpoint import CheckpointError, load_model
 from uhd_jax.config import ConfigError, ModelConfig
 from uhd_jax.convert import minicpmv
-from uhd_jax.data.chat import EncodedSample, ImagePart, Message, encode_chat
+from uhd_jax.data.chat import EncodedSample, ImagePart, Message, encode_chat, visual_places
 from uhd_jax.data.packing import fill_batch
 from uhd_jax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from uhd_jax.generation.decode import Sampling, generate_tokens
@@ -139,15 +139,14 @@ class Assistant:
         pixels = self._open(images)
         plans = [self._plan(image, max_slices, mode) for image in pixels]
         places = np.flatnonzero(tokens == self.tokenizer.special(self.config.chat.placeholder))
-        counts = [view.visual_tokens for plan in plans for view in plan.views]
-        if len(places) != sum(counts):
+        of_view, token_of_view = visual_places(plans, self.config.chat)
+        if len(places) != len(of_view):
             sizes = ", ".join(f"{plan.image}: {plan.visual_tokens}" for plan in plans) or "none"
             raise PromptError(
-                f"{len(places)} placeholders among the ids, but {sum(counts)} visual tokens (per image {sizes})"
+                f"{len(places)} placeholders among the ids, but {len(of_view)} visual tokens (per image {sizes})"
             )
         view, view_token = np.full(len(tokens), -1, np.int32), np.zeros(len(tokens), np.int32)
-        view[places] = np.repeat(np.arange(len(counts)), counts)
-        view_token[places] = np.concatenate([np.arange(count) for count in [*counts, 0]])
+        view[places], view_token[places] = of_view, token_of_view
         sample = EncodedSample(tokens, np.zeros(len(tokens), bool), view, view_token, tuple(plans))
         batch = self._batch([Prepared(sample, self._views(pixels, plans))], mode)
         return np.asarray(_logits(self.params, batch, self.config, mode))[0, : len(tokens)]
