@@ -45,6 +45,20 @@ def test_slices_follow_the_configuration(capsys, config_file):
     assert plan["grid"] == [2, 2]
 
 
+def test_slices_of_other_rules(capsys, config_file, image_file, tmp_path):
+    config = (f"--config={config_file}", "--config.model.slicing.rule=v1")
+    argv = ("slices", image_file, *config, "--config.model.slicing.overview=False", f"--out={tmp_path / 'a.png'}")
+    status, out, _ = call(capsys, *argv, "--config.model.slicing.pre_resize.long_side=300")
+    assert status == 0 and (tmp_path / "a.png").exists()
+    assert "first resized to 200x300" in out.splitlines()[0]
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["slice", "together"]
+    changes = {"slicing.rule": "v1_legacy", "slicing.scale_resolution": 168, "tower.patch_size": 7, "mode": "4x"}
+    legacy = (f"--config={config_file}", *(f"--config.model.{key}={value}" for key, value in changes.items()))
+    lines = call(capsys, "slices", "--size=219x259", *legacy)[1].splitlines()[2:]
+    assert [line.split()[0] for line in lines] == ["thumbnail", "slice", "slice", "slice", "together"]
+    assert sum(int(line.split()[1]) for line in lines[:-1]) == int(lines[-1].split()[1]) == 5
+
+
 def test_slices_draws(capsys, image_file, tmp_path):
     out = tmp_path / "slices.png"
     assert call(capsys, "slices", image_file, f"--out={out}")[0] == 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uhd_jax.config import SlicingConfig
+from uhd_jax.config import PreResizeConfig, SlicingConfig
 from uhd_jax.slicing.plan import Size, make_plan
 from uhd_jax.slicing.viewer import PAGE_WIDTH, draw_slices
 
@@ -43,6 +43,36 @@ def test_every_view_is_drawn(size):
     for colour in colours:
         places = pixels_of(colour, page)
         assert len(places) > (800 if plan.slice else 200), (colour, len(places))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"overview": False},
+        {"rule": "v1", "overview": False, "pre_resize": PreResizeConfig(long_side=700)},
+        {"rule": "v1_legacy"},
+        {"rule": "fixed_2x2"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [Size(489, 531), Size(2000, 300), Size(300, 2000)], ids=str)
+def test_every_view_of_other_rules_is_drawn(size, options):
+    plan = make_plan(size, SlicingConfig(scale_resolution=112, **options), 14, 0)
+    image, colours = mosaic(size, plan.grid)
+    page = np.asarray(draw_slices(image, plan))
+    for border in (page[:30], page[-30:], page[:, :30], page[:, -30:]):
+        assert (border == WHITE).all()
+    for colour in colours:
+        assert len(pixels_of(colour, page)) > 800
+
+
+def test_slices_of_several_sizes_are_all_described():
+    size = Size(489, 531)
+    plan = make_plan(size, SlicingConfig(rule="v1_legacy", scale_resolution=336), 14, 0)
+    assert plan.slice is None and len(set(plan.slices)) == 3
+    equal = make_plan(Size(490, 532), SlicingConfig(rule="v1_legacy", scale_resolution=336), 14, 0)
+    pages = [draw_slices(np.full((*p.image, 3), 90, np.uint8), p) for p in (plan, equal)]
+    assert pages[0].height > pages[1].height + 30  # two more lines
 
 
 def test_slices_stand_in_raster_order():

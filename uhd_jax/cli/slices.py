@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections import Counter
 
 from uhd_jax.cli.common import UsageError, file_to_write, positive, size, whole_file
 from uhd_jax.config import MODES, RunConfig, SlicingConfig, TowerConfig
@@ -59,9 +60,11 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
 
 
 def _table(plan: Plan) -> str:
-    grid = f"{plan.grid} slices (rows x cols)" if plan.slice else "not sliced"
+    first = f", first resized to {plan.resized}" if plan.resized != plan.image else ""
+    grid = f"{plan.grid} slices (rows x cols)" if plan.slices else "not sliced"
     rows = [("", "views", "height x width", "patch grid", "patches", "visual tokens")]
-    views = [("thumbnail", 1, plan.thumbnail)] + ([("slice", plan.grid.area, plan.slice)] if plan.slice else [])
+    views = [("thumbnail", 1, plan.thumbnail)] if plan.thumbnail else []
+    views += [("slice", count, view) for view, count in Counter(plan.slices).items()]  # of v1_legacy differ
     for name, count, view in views:
         rows.append((name, count, view.size, view.patch_grid, view.patch_grid.area * count, view.visual_tokens * count))
     rows.append(("together", len(plan.views), "", "", plan.patches, plan.visual_tokens))
@@ -71,4 +74,4 @@ def _table(plan: Plan) -> str:
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
         for row in cells
     ]
-    return "\n".join([f"image {plan.image} (height x width): {grid}", *(line.rstrip() for line in lines)])
+    return "\n".join([f"image {plan.image} (height x width){first}: {grid}", *(line.rstrip() for line in lines)])

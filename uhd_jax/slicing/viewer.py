@@ -32,10 +32,11 @@ def draw_slices(image: np.ndarray, plan: Plan, title: str = "") -> Image.Image:
     Raises:
       ValueError: the image is not of the plan's size.
     """
-    thumbnail, *slices = (Image.fromarray(view) for view in view_pixels(image, plan))
+    views = [Image.fromarray(view) for view in view_pixels(image, plan)]
+    thumbnail = views.pop(0) if plan.thumbnail else None
     body = _pair(Image.fromarray(image), thumbnail, plan)
-    if slices:
-        body = _with_sheet(body, slices, plan)
+    if views:
+        body = _with_sheet(body, views, plan)
     page = _stack([_header(plan, title), body], vertical=True)
     canvas = Image.new("RGB", (PAGE_WIDTH, page.height + 2 * _MARGIN), _PAPER)
     canvas.paste(page, (_MARGIN, _MARGIN))
@@ -49,32 +50,36 @@ def _header(plan: Plan, title: str) -> Image.Image:
     return _text([(title, 32, _INK), (totals, 22, _ACCENT), (note, 15, _MUTED)])
 
 
-def _pair(image: Image.Image, thumbnail: Image.Image, plan: Plan) -> Image.Image:
+def _pair(image: Image.Image, thumbnail: Image.Image | None, plan: Plan) -> Image.Image:
     """Image and thumbnail side by side, or one above the other when that shows the image larger."""
-    beside, above = Size(_PAIR_HEIGHT, (_INNER - _GAP) // 2), Size(_PAIR_HEIGHT // 2, _INNER)
+    beside = Size(_PAIR_HEIGHT, (_INNER - _GAP) // 2 if thumbnail else _INNER)
+    above = Size(_PAIR_HEIGHT // 2, _INNER)
     stacked = _fit(plan.image, above).width > _fit(plan.image, beside).width
     box = above if stacked else beside
-    cut = f"grid {plan.grid}" if plan.slice else "not sliced"
-    name = "Thumbnail" if plan.slice else "The only view"
-    figures = [
-        _figure(_with_grid(_scaled(image, _fit(plan.image, box)), plan.grid), "Image", str(plan.image), cut),
-        _figure(_scaled(thumbnail, _fit(plan.thumbnail.size, box)), name, *_describe(plan.thumbnail)),
-    ]
+    details = [str(plan.image), f"grid {plan.grid}" if plan.slices else "not sliced"]
+    if plan.resized != plan.image:
+        details.insert(1, f"first resized to {plan.resized}")
+    figures = [_figure(_with_grid(_scaled(image, _fit(plan.image, box)), plan.grid), "Image", *details)]
+    if thumbnail and plan.thumbnail:
+        name = "Thumbnail" if plan.slices else "The only view"
+        figures.append(_figure(_scaled(thumbnail, _fit(plan.thumbnail.size, box)), name, *_describe(plan.thumbnail)))
     return _stack(figures, vertical=stacked)
 
 
 def _with_sheet(pair: Image.Image, slices: list[Image.Image], plan: Plan) -> Image.Image:
     """Puts the sheet of slices below the pair, or beside it where a narrow pair leaves nearly as much room."""
-    name, details = f"{len(slices)} slices, each", ", ".join(_describe(plan.slice))
+    name = "1 slice" if len(slices) == 1 else f"{len(slices)} slices" + (", each" if plan.slice else "")
+    kinds = dict.fromkeys(plan.slices)  # different ones at most four: those of the last row and column
+    details = [", ".join(_describe(view)) for view in kinds]
     beside, below = (_columns(plan, width) for width in (_INNER - pair.width - _GAP, _INNER))
     next_to = beside[1] > 0.75 * below[1]
-    sheet = _figure(_sheet(slices, *(beside if next_to else below)), name, details)
+    sheet = _figure(_sheet(slices, *(beside if next_to else below)), name, *details)
     return _stack([pair, sheet], vertical=not next_to)
 
 
 def _columns(plan: Plan, room: int) -> tuple[int, float]:
     """Columns and scale of a sheet: the grid's own columns unless other ones show the slices nearly twice as large."""
-    height, width = plan.slice.size
+    height, width = (max(sides) for sides in zip(*(view.size for view in plan.slices), strict=True))
     count = plan.grid.area
 
     def scale(cols: int) -> float:
@@ -90,14 +95,14 @@ def _columns(plan: Plan, room: int) -> tuple[int, float]:
 
 def _sheet(slices: list[Image.Image], cols: int, scale: float) -> Image.Image:
     """All slices in raster order, numbered."""
-    shown = Size(max(1, int(slices[0].height * scale)), max(1, int(slices[0].width * scale)))
-    down, across = shown.height + _SLICE_GAP, shown.width + _SLICE_GAP
+    shown = [Size(max(1, int(picture.height * scale)), max(1, int(picture.width * scale))) for picture in slices]
+    down, across = (max(sides) + _SLICE_GAP for sides in zip(*shown, strict=True))
     rows = math.ceil(len(slices) / cols)
     sheet = Image.new("RGB", (cols * across - _SLICE_GAP, rows * down - _SLICE_GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for index, picture in enumerate(slices):
+    for index, (picture, size) in enumerate(zip(slices, shown, strict=True)):
         row, col = divmod(index, cols)
-        sheet.paste(_scaled(picture, shown), (col * across, row * down))
+        sheet.paste(_scaled(picture, size), (col * across, row * down))
         _badge(draw, col * across + _INSET, row * down + _INSET, index + 1)
     return sheet
 
