@@ -231,6 +231,10 @@ class ChatConfig:
     system: str = ""
     empty_think: bool = False  # an empty, untrained think block opens the last answer (MiniCPM-V Instruct)
 
+    def __post_init__(self):
+        count = len(self.separator_ids)
+        require(count in (0, 2), "separator_ids", f"must be two ids, of comma and newline, or empty; not {count}")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -266,6 +270,16 @@ class ModelConfig:
             heads, width = self.connector_heads, self.decoder.width
             divides = heads > 0 and width % heads == 0
             require(divides, "connector.heads", f"{heads} does not divide the decoder's width {width}; set a divisor")
+        require(
+            self.chat.layout != "B" or self.connector.queries > 0,
+            "chat.layout",
+            f"'B' tiles square maps of visual tokens, which kind {self.connector.kind!r} of connector does not make",
+        )
+        require(
+            all(0 <= i < self.decoder.vocab_size for i in self.chat.separator_ids),
+            "chat.separator_ids",
+            f"{self.chat.separator_ids} are not all ids of the decoder's {self.decoder.vocab_size}",
+        )
         if self.compressor.kind != "none":
             require(
                 0 <= self.compressor.after_layer < self.tower.layers,
