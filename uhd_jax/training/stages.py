@@ -146,3 +146,48 @@ def recipe(name: str, data: Sequence[Mapping[str, Any]], rows: int, step_scale: 
         }
         for stage, trainable, source in zip(_SHARED, RECIPES[name], data, strict=True)
     ]
+
+
+def llava_recipe(
+    data: Sequence[Mapping[str, Any]],
+    steps: Sequence[int],
+    learning_rates: Sequence[float],
+    packed_lengths: Sequence[int],
+    max_slices: int,
+    trainable: Sequence[Sequence[str]],
+    slots: int,
+    template: str = "plain",
+) -> list[dict[str, Any]]:
+    """The two stages of LLaVA-UHD v1 and v2 as mappings that `StageConfig` is built from (spec v1-v2 section 5).
+
+    Stage 1 reads captions of thumbnails, 256 rows of one sample each; stage 2 instructions about sliced images, 128
+    rows. Both warm up for 3 % of their steps and follow a cosine to zero.
+
+    Args:
+      data: the two stages' data, as mappings that `DataConfig` is built from.
+      steps: of the two stages, as the next ones.
+      learning_rates: peaks.
+      packed_lengths: tokens per row.
+      max_slices: of stage 2.
+      trainable: parts.
+      slots: view slots per row of stage 2.
+      template: prompt form of stage 1; empty for the model's own.
+    """
+    rows, of_stage = (256, 128), ({"max_slices": 1, "slots": 1, "template": template}, {"slots": slots})
+    return [
+        {
+            "name": f"stage{number + 1}",
+            "data": dict(data[number]),
+            "steps": steps[number],
+            "warmup_steps": -(-3 * steps[number] // 100),
+            "rows": rows[number],
+            "packed_length": packed_lengths[number],
+            "learning_rate": learning_rates[number],
+            "learning_rate_min": 0.0,
+            "schedule": "cosine",
+            "trainable": tuple(trainable[number]),
+            "max_slices": max_slices,
+            **of_stage[number],
+        }
+        for number in range(2)
+    ]
