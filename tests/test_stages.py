@@ -6,6 +6,7 @@ import tiny
 from flax.traverse_util import flatten_dict
 
 from uhd_jax.config import PARTS, ConfigError, StageConfig, from_config_dict
+from uhd_jax.models import uhd
 from uhd_jax.training.stages import PART_PATTERNS, RECIPES, merge_params, part_of, recipe, split_params
 
 DATA = [{"source": "records", "options": {"path": f"stage{number}.jsonl"}} for number in (1, 2, 3, 4)]
@@ -20,6 +21,25 @@ def test_every_parameter_is_in_one_part_and_no_part_is_empty():
     assert parts["tower/patch_embedding/bias"] == "patch_embedding"
     with pytest.raises(ValueError, match="'elsewhere/kernel' belongs to 0 parts"):
         part_of("elsewhere/kernel")
+
+
+def test_parts_of_every_kind_of_model():
+    paths = {}
+    for model in tiny.KINDS.values():
+        params = jax.eval_shape(lambda model=model: uhd.init_params(model, jax.random.key(0)))
+        paths |= {path: part_of(path) for path in flatten_dict(params, sep="/")}
+    assert set(paths.values()) == set(PARTS)
+    parts = {
+        "tower/class_token": "tower",
+        "tower/pre_norm/scale": "tower",
+        "connector/position_table": "connector_positions",
+        "connector/queries/set_3": "connector",
+        "connector/level_embeddings/level_2": "connector",
+        "connector/upsampler/up2/range_temperature": "upsampler",
+        "connector/upsampler/deconvolution_1/kernel": "upsampler",
+        "connector/upsampler/fixup/kernel": "upsampler_fixup",
+    }
+    assert paths.items() >= parts.items()
 
 
 def test_split_and_merge_are_inverse():

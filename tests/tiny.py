@@ -11,9 +11,11 @@ import numpy as np
 from uhd_jax.batch import Batch, Bucket, empty_batch
 from uhd_jax.config import (
     CompressorConfig,
+    ConnectorConfig,
     DataConfig,
     DecoderConfig,
     ModelConfig,
+    PyramidConfig,
     RunConfig,
     StageConfig,
     TowerConfig,
@@ -30,6 +32,27 @@ MODEL = ModelConfig(
     dtype="float32",
     loss_chunk=16,
 )
+
+_TOWER = TowerConfig("moonvit", width=16, mlp_width=24, layers=3, heads=2, patch_size=2, table_side=8)
+_CLIP = dataclasses.replace(_TOWER, kind="clip", skipped_layers=1)
+_CONNECTORS = {
+    "mlp": ConnectorConfig("mlp"),
+    "bilinear_mlp": ConnectorConfig("bilinear_mlp", pyramid=PyramidConfig(15, "deconvolution")),
+    "perceiver": ConnectorConfig("perceiver", pyramid=PyramidConfig(15)),
+    "spatial_resampler": ConnectorConfig("spatial_resampler"),
+    "hiwin": ConnectorConfig("hiwin", pyramid=PyramidConfig(15)),
+    "hiwin, one set of queries": ConnectorConfig("hiwin", query_sets=1),
+}
+# Every kind of tower, connector and pyramid beyond the above.
+KINDS = {"moonvit": dataclasses.replace(MODEL, tower=_TOWER)} | {
+    name: dataclasses.replace(
+        MODEL,
+        tower=_CLIP,
+        compressor=CompressorConfig("none"),
+        connector=dataclasses.replace(connector, query_side=2, heads=4),
+    )
+    for name, connector in _CONNECTORS.items()
+}
 EVERYTHING = ("tower", "patch_embedding", "position_table", "compressor", "connector", "decoder")
 ADAPTER = ("connector", "compressor", "position_table")
 BUCKET = Bucket(rows=8, slots=2, tokens=16, patches=16, patch_dim=MODEL.tower.patch_dim)
@@ -71,6 +94,17 @@ def batch(seed: int, bucket: Bucket = BUCKET) -> Batch:
     return made
 
 
+def random_params(shapes):
+    """Parameters of the shapes of a tree: no zero or one by chance, and around one where a zero switches things off."""
+    random = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        centre = float(path[-1].key in ("scale", "spatial_sigma"))
+        return random.normal(centre, 0.3, leaf.shape).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+
+
 @dataclasses.dataclass
 class RandomBatches:
     """Batch number n is a function of n alone; every third is of a longer bucket."""
@@ -99,7 +133,7 @@ class RandomBatches:
 init_params = functools.partial(uhd.init_params, MODEL)
 
 
-def loss_sums(params, batch):
+def loss_sums(params, batch, key=None):
     return uhd.loss_sums(params, batch, MODEL)
 
 

@@ -32,8 +32,19 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"tower/compressor/attention/out/kernel", ("heads", "embed")),
     (r"tower/compressor/(linear_1|mlp/fc1)/kernel", ("embed", "mlp")),
     (r"tower/compressor/(linear_2|mlp/fc2)/kernel", ("mlp", "embed")),
-    (r"connector/round_\d/linear_1/kernel", ("embed", "mlp")),
-    (r"connector/round_\d/linear_2/kernel", ("mlp", "embed")),
+    (r"connector/(round_\d/)?linear_1/kernel", ("embed", "mlp")),
+    (r"connector/(round_\d/)?linear_2/kernel", ("mlp", "embed")),
+    (r"connector/(position_table|queries(/set_\d)?)", ("table", "embed")),
+    # Norms and pooling between this and the attention act on each channel, so its output may stay split.
+    (r"connector/(key_value|level_\d)/kernel", ("embed", "mlp")),
+    (r"connector/level_embeddings/level_\d", ("vector",)),
+    (r"connector/attention/(query|key|value)/kernel", ("embed", "heads")),
+    (r"connector/attention/out/kernel", ("heads", "embed")),
+    (r"connector/join/kernel", ("embed", "mlp")),
+    (r"connector/output", ("mlp", "embed")),
+    (r"connector/upsampler/up\d/(range_temperature|spatial_sigma)", ()),
+    (r"connector/upsampler/up\d/(range|kernel)_\d/kernel", ("vector", "vector")),
+    (r"connector/upsampler/(deconvolution_\d|fixup)/kernel", ("embed", "mlp")),
     # Split along its width: split along its rows, a lookup would gather the whole batch's activations.
     (r"decoder/embedding", ("table", "embed")),
     (r"decoder/layers/attention/(query|key|value)/kernel", ("layers", "embed", "heads")),
@@ -43,7 +54,8 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"decoder/head", ("embed", "vocab")),
     (r"(tower|decoder)/layers/.+/(scale|bias)", ("layers", "vector")),
     (r"(tower/compressor|connector)/.+/(scale|bias)", ("vector",)),
-    (r"(tower|decoder)/(patch_embedding|final_norm)/(scale|bias)", ("vector",)),
+    (r"(tower|decoder)/(patch_embedding|pre_norm|final_norm)/(scale|bias)", ("vector",)),
+    (r"tower/class_token", ("vector",)),
 )
 
 MESH_AXES: dict[str, str | None] = {
