@@ -1,9 +1,18 @@
-"""A tiny LLaVA-UHD v4 that learns to read pages of handwritten digits, from random weights, on two CPU cores.
+"""A tiny LLaVA-UHD that learns to read pages of handwritten digits, from random weights, on two CPU cores.
 
     uhd-jax train --config=configs/demo.py --workdir=runs/demo
     uhd-jax train --config=configs/demo.py:thumbnail --workdir=runs/demo_thumbnail   # control: never sees a slice
 
-Should reach 0.97 of the digits on held-out pages, where the control stays at chance.
+After the colon stand options, joined by commas:
+
+  v4              the default: SigLIP 2 style tower, compressor inside it, merging MLP
+  v1              CLIP style tower, spatially constrained resampler
+  v2              CLIP style tower, pyramid of two levels by VDIM, hierarchical window attention
+  thumbnail       trained on thumbnails alone
+  layout=A, B     v1 and v2: order of the visual tokens; B is v2's spatially consistent one
+  pyramid=none, bilinear, vdim   v2: how its second level is made
+
+v4 should reach 0.97 of the digits on held-out pages, where the control stays at chance.
 
 The four stages follow the recipe's order (small images, then views, then sliced pages, then instructions), but every
 stage trains everything: the recipe's stage 1 can freeze tower and decoder because they come pre-trained, these do not.
@@ -11,90 +20,117 @@ stage trains everything: the recipe's stage 1 can freeze tower and decoder becau
 
 from ml_collections import ConfigDict
 
-EVERYTHING = ("tower", "patch_embedding", "position_table", "compressor", "connector", "decoder")
+EVERYTHING = ("tower", "patch_embedding", "position_table", "compressor", "connector", "connector_positions", "decoder")
 WORDS = ("user\n", "assistant\n", "Transcribe.", "What is in row ", "What is in column ", ", column ")
 WORDS += ("How many ", "s?")
+OPTIONS = {"layout": ("A", "B"), "pyramid": ("none", "bilinear", "vdim")}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The demo; with "thumbnail", the same training on thumbnails alone."""
-    if arg not in ("", "thumbnail"):
-        raise ValueError(f"unknown argument {arg!r}; known: thumbnail")
-    max_slices, slots = (1, 4) if arg == "thumbnail" else (9, 14)
-    pages = {
-        "packed_length": 192,
-        "rows": 8,
-        "max_slices": max_slices,
-        "buckets": [{"slots": slots, "tokens": 192, "patches": 64}],
+    """The demo; `arg` as described above."""
+    system, thumbnail, options = "v4", False, {}
+    for item in filter(None, arg.split(",")):
+        key, equals, value = item.partition("=")
+        if item in ("v1", "v2", "v4"):
+            system = item
+        elif item == "thumbnail":
+            thumbnail = True
+        elif equals and value in OPTIONS.get(key, ()):
+            options[key] = value
+        else:
+            known = [f"{key}={value}" for key, values in OPTIONS.items() for value in values]
+            raise ValueError(f"unknown option {item!r}; known: v1, v2, v4, thumbnail, {', '.join(known)}")
+    if options and system == "v4" or "pyramid" in options and system == "v1":
+        raise ValueError(f"{system} has no option {', '.join(options)}")
+    layout = options.get("layout", "B" if system == "v2" else "A") if system != "v4" else "v4"
+    model = {
+        "decoder": {
+            "vocab_size": 288,
+            "width": 96,
+            "mlp_width": 256,
+            "layers": 3,
+            "heads": 4,
+            "kv_heads": 4,
+            "head_dim": 24,
+            "rope_theta": 1000.0,
+            "qk_norm": True,
+        },
+        "slicing": {"scale_resolution": 112, "max_slices": 9},
+        "chat": {"use_image_id": False, "words": WORDS, "layout": layout},
+        "dtype": "float32",
+        "scan_layers": False,  # so few and so small layers run faster unrolled
+        "tower_remat": "none",
+        "decoder_remat": "none",
     }
-    stages = [
-        _stage(
-            "cells",
-            {"task": "cell"},
-            scale_resolution=56,
-            steps=850,
-            rows=32,
-            packed_length=52,
-            buckets=[{"slots": 4, "tokens": 52, "patches": 16}],
-            learning_rate=8e-4,
-            tower_learning_rate_factor=3.0,
-            warmup_steps=60,
-            max_slices=1,
-        ),
-        _stage(
-            "views",
-            {"task": "view"},
-            steps=300,
-            rows=16,
-            packed_length=84,
-            buckets=[{"slots": 4, "tokens": 84, "patches": 64}],
-            learning_rate=1.2e-3,
-            warmup_steps=20,
-            max_slices=1,
-        ),
-        _stage("pages", {"task": "page"}, steps=560, learning_rate=1.2e-3, warmup_steps=20, **pages),
-        _stage(
-            "questions",
-            {"task": "mixed", "questions_per_page": 4, "questions_fraction": 0.5},
-            steps=260,
-            learning_rate=1.2e-3,
-            warmup_steps=20,
-            sample_weight_power=0.5,
-            **pages | {"packed_length": 256, "buckets": [{"slots": slots, "tokens": 256, "patches": 64}]},
-        ),
-    ]
+    if system == "v4":
+        model["tower"] = {"width": 96, "mlp_width": 256, "layers": 4, "heads": 4, "table_side": 8}
+        model["compressor"] = {"after_layer": 1}
+    else:
+        model["tower"] = {"kind": "clip", "width": 96, "mlp_width": 256, "layers": 4, "skipped_layers": 1}
+        model["tower"] |= {"heads": 4, "table_side": 8, "norm_eps": 1e-5}
+        model["compressor"] = {"kind": "none"}
+        model["slicing"]["rule"] = "v1"
+        model["connector"] = {"kind": "spatial_resampler", "query_side": 2, "heads": 4}
+    if system == "v2":
+        pyramid = options.get("pyramid", "vdim")
+        levels = {"feature_scale_mask": 1} if pyramid == "none" else {"feature_scale_mask": 3, "upsampling": pyramid}
+        model["connector"] |= {"kind": "hiwin", "pyramid": levels}
     return ConfigDict(
         {
-            "name": "demo",
-            "model": {
-                "tower": {"width": 96, "mlp_width": 256, "layers": 4, "heads": 4, "table_side": 8},
-                "compressor": {"after_layer": 1},
-                "decoder": {
-                    "vocab_size": 288,
-                    "width": 96,
-                    "mlp_width": 256,
-                    "layers": 3,
-                    "heads": 4,
-                    "kv_heads": 4,
-                    "head_dim": 24,
-                    "rope_theta": 1000.0,
-                    "qk_norm": True,
-                },
-                "slicing": {"scale_resolution": 112, "max_slices": 9},
-                "chat": {"use_image_id": False, "words": WORDS},
-                "dtype": "float32",
-                "scan_layers": False,  # so few and so small layers run faster unrolled
-                "tower_remat": "none",
-                "decoder_remat": "none",
-            },
+            "name": f"demo_{system}",
+            "model": model,
             "train": {
-                "stages": stages,
+                "stages": _stages(layout, thumbnail),
                 "optimizer": {"b2": 0.9},  # from scratch: forgets the first steps' large gradients ten times sooner
                 "checkpoint_every": 100,
                 "log_every": 10,
             },
         }
     )
+
+
+def _stages(layout: str, thumbnail: bool) -> list[dict]:
+    max_slices, slots = (1, 4) if thumbnail else (9, 14)
+    pages = {
+        "packed_length": 192,
+        "rows": 8,
+        "max_slices": max_slices,
+        "buckets": [{"slots": slots, "tokens": 192, "patches": 64}],
+        "learning_rate": 1.2e-3,
+        "warmup_steps": 20,
+    }
+    cells = _stage(
+        "cells",
+        {"task": "cell"},
+        scale_resolution=56,
+        steps=750,
+        rows=32,
+        packed_length=52,
+        buckets=[{"slots": 4, "tokens": 52, "patches": 16}],
+        learning_rate=8e-4,
+        tower_learning_rate_factor=3.0,
+        warmup_steps=60,
+        max_slices=1,
+    )
+    views = _stage(
+        "views",
+        {"task": "view", "layout": layout},
+        steps=300,
+        rows=16,
+        packed_length=84,
+        buckets=[{"slots": 4, "tokens": 84, "patches": 64}],
+        learning_rate=1.2e-3,
+        warmup_steps=20,
+        max_slices=1,
+    )
+    questions = {"task": "mixed", "questions_per_page": 4, "questions_fraction": 0.5, "layout": layout}
+    longer = {"packed_length": 256, "buckets": [{"slots": slots, "tokens": 256, "patches": 64}]}
+    return [
+        cells,
+        views,
+        _stage("pages", {"task": "page", "layout": layout}, steps=560, **pages),
+        _stage("questions", questions, steps=200, sample_weight_power=0.5, **pages | longer),
+    ]
 
 
 def _stage(name: str, options: dict, **values) -> dict:

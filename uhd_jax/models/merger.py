@@ -18,8 +18,8 @@ class MergingMlp(nn.Module):
     dtype: layers.Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float[V, P', D] in merge order -> float[V, P' / 4**rounds, width] in raster order."""
+    def __call__(self, x: jax.Array, grids: jax.Array | None = None, patches: jax.Array | None = None) -> jax.Array:
+        """float[V, P', D] in merge order -> float[V, P' / 4**rounds, width] in raster order; the rest is not needed."""
         tower_width = x.shape[-1]
         for number in range(self.config.rounds):
             last = number == self.config.rounds - 1

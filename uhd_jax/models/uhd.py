@@ -9,14 +9,20 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from uhd_jax.batch import Batch
-from uhd_jax.config import ModelConfig
+from uhd_jax.config import ModelConfig, TowerConfig
+from uhd_jax.models.clip import ClipTower
 from uhd_jax.models.compressor import reuse_init
 from uhd_jax.models.decoder import Decoder, KeyValues
+from uhd_jax.models.hiwin import Hiwin
 from uhd_jax.models.merger import MergingMlp
+from uhd_jax.models.projector import BilinearMlp, PlainMlp
+from uhd_jax.models.resampler import Perceiver, SpatialResampler
 from uhd_jax.models.vit import Tower
 from uhd_jax.ops.attention import packed_causal_mask
 from uhd_jax.ops.losses import chunked_cross_entropy
@@ -25,14 +31,29 @@ from uhd_jax.ops.merge import place_visual_tokens
 Params = dict[str, Any]
 
 
-def tower(config: ModelConfig) -> Tower:
+_CONNECTORS = {
+    "mlp": PlainMlp,
+    "bilinear_mlp": BilinearMlp,
+    "perceiver": Perceiver,
+    "spatial_resampler": SpatialResampler,
+    "hiwin": Hiwin,
+}
+
+
+def tower(config: ModelConfig) -> nn.Module:
     """The tower's module."""
-    return Tower(config.tower, config.compressor, jnp.dtype(config.dtype), config.scan_layers, config.tower_remat)
+    computing = (jnp.dtype(config.dtype), config.scan_layers, config.tower_remat)
+    if config.tower.kind == "clip":
+        return ClipTower(config.tower, *computing)
+    return Tower(config.tower, config.compressor, *computing)
 
 
-def connector(config: ModelConfig) -> MergingMlp:
+def connector(config: ModelConfig) -> nn.Module:
     """The connector's module."""
-    return MergingMlp(config.connector, config.decoder.width, jnp.dtype(config.dtype))
+    width, dtype = config.decoder.width, jnp.dtype(config.dtype)
+    if config.connector.kind == "merging_mlp":
+        return MergingMlp(config.connector, width, dtype)
+    return _CONNECTORS[config.connector.kind](config.connector, width, config.connector_heads, dtype)
 
 
 def decoder(config: ModelConfig) -> Decoder:
@@ -51,7 +72,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     position = jnp.zeros((1, 1), jnp.int32)
     params = {
         "tower": tower(config).init(keys["tower"], patches, grids, levels=2, compress=compress)["params"],
-        "connector": connector(config).init(keys["connector"], tokens)["params"],
+        "connector": connector(config).init(keys["connector"], tokens, grids, patches).get("params", {}),
         "decoder": decoder(config).init(keys["decoder"], embeddings, position, jnp.ones((1, 1, 1, 1), bool))["params"],
     }
     return start_compressor(params, config)
@@ -66,9 +87,12 @@ def start_compressor(params: Params, config: ModelConfig) -> Params:
     return {**params, "tower": {**params["tower"], "compressor": start}}
 
 
-def normalise_patches(patches: jax.Array) -> jax.Array:
-    """uint8 -> float32 in [-1, 1], SigLIP's mean and deviation of 0.5; on device, so that bytes travel."""
-    return patches.astype(jnp.float32) / 127.5 - 1.0
+def normalise_patches(patches: jax.Array, config: TowerConfig) -> jax.Array:
+    """uint8[.., patch_dim] -> float32 with the tower's mean and deviation; on device, so that bytes travel."""
+    mean, std = (
+        np.repeat(np.array(of_channel), config.patch_size**2) for of_channel in (config.pixel_mean, config.pixel_std)
+    )
+    return patches.astype(jnp.float32) / (255 * std).astype(np.float32) - (mean / std).astype(np.float32)
 
 
 def encode_views(
@@ -84,16 +108,16 @@ def encode_views(
       mode: "16x" or "4x"; None for the config's.
 
     Returns:
-      float[V, P / 4**levels, D] in raster order; what lies behind a view's own tokens is meaningless.
+      float[V, `config.visual_tokens(P)`, D] in raster order; what lies behind a view's own tokens is meaningless.
     """
     mode = mode or config.mode
     levels = config.merge_levels(mode)
     if patches.shape[1] % 4**levels:
         raise ValueError(f"room for {patches.shape[1]} patches per view is not a multiple of {4**levels}")
-    features, _ = tower(config).apply(
-        {"params": params["tower"]}, normalise_patches(patches), grids, levels=levels, compress=mode == "16x"
-    )
-    return connector(config).apply({"params": params["connector"]}, features)
+    pixels = normalise_patches(patches, config.tower)
+    features, _ = tower(config).apply({"params": params["tower"]}, pixels, grids, levels=levels, compress=mode == "16x")
+    inside = config.compressor.kind != "none" and mode == "16x"
+    return connector(config).apply({"params": params["connector"]}, features, grids // 2**inside, pixels)
 
 
 def embed(params: Params, batch: Batch, config: ModelConfig, mode: str | None = None) -> jax.Array:
