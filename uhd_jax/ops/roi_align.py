@@ -83,8 +83,7 @@ def pool_windows(
         weights = _weights(grids, bins, side, box_dtype, near(index // cols), near(index % cols))
         return jnp.matmul(weights.astype(features.dtype), features)
 
-    pooled = pool(features)
-    return pooled.reshape(len(grids), side * side, MAX_BINS, -1), _own(bins)
+    return pool(features).reshape(len(grids), side * side, MAX_BINS, -1), _own(bins)
 
 
 def pool_table(
@@ -116,9 +115,12 @@ def pool_table(
 
         return read
 
-    weights = _weights(grids, bins, side, box_dtype, resized(0), resized(1))
-    pooled = jnp.matmul(weights, table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return pooled.reshape(len(grids), side * side, MAX_BINS, -1)
+    @jax.checkpoint
+    def pool(table: jax.Array) -> jax.Array:
+        weights = _weights(grids, bins, side, box_dtype, resized(0), resized(1))
+        return jnp.matmul(weights, table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+    return pool(table).reshape(len(grids), side * side, MAX_BINS, -1)
 
 
 def _own(bins: jax.Array) -> jax.Array:
