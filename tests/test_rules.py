@@ -208,6 +208,7 @@ def test_without_overview_only_sliced_images_lose_their_thumbnail():
         (Size(3000, 4000), {"long_side": 1024}, Size(768, 1024)),
         (Size(3000, 4000), {"long_side": 1024, "only_enlarge": True}, Size(3000, 4000)),
         (Size(1000, 1024), {"long_side": 1024, "only_enlarge": True}, Size(1000, 1024)),
+        (Size(1000, 1100), {"long_side": 1024, "only_enlarge": True}, Size(1000, 1100)),
         (Size(30, 40), {"long_side": 1024, "only_enlarge": True}, Size(768, 1024)),
         (Size(50, 50), {"long_side": 1024}, Size(1024, 1024)),
         (Size(49, 98), {"long_side": 1024}, Size(511, 1024)),  # 1024 / 98 * 49 is 511.99.. in float64
@@ -231,7 +232,7 @@ def test_refill_enlarges_images_with_too_few_slices():
     assert refilled_size(Size(300, 400), 6, 336) == Size(712, 950)  # 6 * 336**2 = 677376; 712 * 950 = 676400
     made = plan(300, 400, slicing, refill=True)
     assert made.resized == (712, 950) and made.views == plan(712, 950).views and made.grid.area == 6
-    for size in ((800, 900), (3000, 4000)):  # six already, as 800x900 has 7 ideal slices; more than the area
+    for size in ((640, 960), (800, 900), (3000, 4000)):  # six slices already; the first with less than their area
         assert plan(*size, slicing, refill=True).resized == size
     assert plan(3000, 4000, slicing, 4, refill=True).resized == (3000, 4000)  # never shrinks
     assert plan(300, 400, slicing).resized == (300, 400)

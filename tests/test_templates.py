@@ -68,6 +68,11 @@ def test_vicuna():
     )
 
 
+def test_turn_marks_are_of_chatml_only():
+    sample = encode_chat(TURNS, [SMALL], TOKENIZER, dataclasses.replace(VICUNA, train_turn_marks=True))
+    np.testing.assert_array_equal(sample.trained, encode_chat(TURNS, [SMALL], TOKENIZER, VICUNA).trained)
+
+
 def test_vicuna_with_slices_in_layouts_a_and_b():
     question = [Message("user", (ImagePart(0), "Q")), Message("assistant", ("a",))]
     for layout, block in (("A", "####,####\n####"), ("B", "####\n####\n,####")):
