@@ -17,6 +17,7 @@ from uhd_jax.config import (
     DataConfig,
     DecoderConfig,
     ModelConfig,
+    PreResizeConfig,
     SlicingConfig,
     StageConfig,
     TowerConfig,
@@ -432,3 +433,31 @@ def test_a_tokenizer_with_more_ids_than_the_decoder_is_refused():
     small = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, vocab_size=200))
     with pytest.raises(ConfigError, match="vocab_size: tokenizer bytes has 268 ids, the decoder only 200"):
         iterator(Numbered(), model=small)
+
+
+class Squares(Numbered):
+    """One image of one view each."""
+
+    def sizes(self, index):
+        return [Size(112, 112)]
+
+
+def test_small_images_are_refilled_by_chance_and_alike_in_every_run():
+    pre_resize = PreResizeConfig(refill_probability=0.5, refill_slices=2)
+    refilling = dataclasses.replace(MODEL, slicing=dataclasses.replace(MODEL.slicing, pre_resize=pre_resize))
+    runs = [iterator(Squares(), model=refilling) for _ in range(2)]
+    seen = {number: set() for number in range(40)}
+    for _ in range(20):
+        (batch, _), (again, _) = (next(run) for run in runs)
+        assert equal(batch, again)
+        visual = [
+            int((index[segments == segment] >= 0).sum())
+            for index, segments in zip(batch.visual_index, batch.segments, strict=True)
+            for segment in range(1, segments.max() + 1)
+        ]
+        for number, tokens in zip(numbers_of(batch), visual, strict=True):
+            seen[number].add(tokens)
+    for run in runs:
+        run.close()
+    assert set.union(*seen.values()) == {4, 4 + 2 * 3}  # one view, or a thumbnail and two slices
+    assert {4, 10} in seen.values()  # drawn anew in every epoch

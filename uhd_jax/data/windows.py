@@ -146,9 +146,11 @@ class WindowPlanner:
         index = int(self._stream[place])
         try:
             sizes, messages = self.source.sizes(index), self.source.messages(index)
+            draws = np.random.default_rng((self._seed, place, 1)).random(len(sizes))  # 1: apart from a window's own
 
             def encode(limit: int) -> EncodedSample:
-                plans = [plan_image(size, model, max_slices=limit) for size in sizes]
+                pairs = zip(sizes, draws, strict=True)
+                plans = [plan_image(size, model, max_slices=limit, draw=draw) for size, draw in pairs]
                 return encode_chat(messages, plans, self._tokenizer, model.chat)
 
             sample, limit = encode_to_fit(encode, max_slices, rows)
