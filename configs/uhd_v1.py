@@ -56,8 +56,8 @@ def get_config(arg: str = "") -> ConfigDict:
         [{"source": "records", "options": {"path": f"{data}/{name}.jsonl"}} for name in ("stage1", "stage2")],
         steps=(2181, 5196),  # one epoch of 558,128 and of 665,298 samples
         learning_rates=(1e-3, 2e-5),
-        packed_lengths=(2048, 2048),
-        max_slices=7,
+        packed_lengths=(2048, 2048 if connector != "mlp" else 4608),  # mlp: seven views of 576 tokens, and text
+        max_slices=7 if connector != "mlp" else 6,
         trainable=(trained, ["connector", "decoder", *tower]),  # the position table of the connector stays as it is
         slots=8 if "no_overview" not in flags else 7,
     )
