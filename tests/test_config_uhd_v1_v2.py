@@ -36,6 +36,7 @@ def sizes(params, part):
 def test_frozen_as_the_recipes_say():
     v1 = load_file("configs/uhd_v1.py").train.stages
     assert v1[0].trainable == ("connector", "connector_positions")
+    assert load_file("configs/uhd_v1.py:mlp").train.stages[1].packed_length > 7 * 576
     assert v1[1].trainable == ("connector", "decoder")
     v2 = load_file("configs/uhd_v2.py").train.stages
     assert "upsampler" not in v2[1].trainable and "upsampler_fixup" in v2[1].trainable
