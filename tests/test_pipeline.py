@@ -353,13 +353,16 @@ def test_closing_does_not_wait_for_a_sample_that_hangs():
     fetching = threading.Thread(target=lambda: next(batches, None), daemon=True)
     fetching.start()
     source.reached.wait()
+    state = batches.get_state()
     batches.close()
     (closing,) = (thread for thread in threading.enumerate() if thread.name == CLOSING)
     source.released.set()
     closing.join()
-    reference = iterator(Numbered())
-    assert equal(next(batches)[0], next(reference)[0])  # nothing was skipped
-    batches.close(), reference.close()
+    fetching.join()
+    resumed, reference = iterator(Numbered()), iterator(Numbered())
+    resumed.set_state(state)
+    assert equal(next(resumed)[0], next(reference)[0])  # nothing was skipped
+    batches.close(), resumed.close(), reference.close()
 
 
 def test_a_source_of_nothing_usable_is_an_error_not_a_hang():
