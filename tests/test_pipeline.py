@@ -358,7 +358,6 @@ def test_closing_does_not_wait_for_a_sample_that_hangs():
     (closing,) = (thread for thread in threading.enumerate() if thread.name == CLOSING)
     source.released.set()
     closing.join()
-    fetching.join()
     resumed, reference = iterator(Numbered()), iterator(Numbered())
     resumed.set_state(state)
     assert equal(next(resumed)[0], next(reference)[0])  # nothing was skipped
