@@ -152,8 +152,14 @@ class Vdim(nn.Module):
         around = nb.take_cells(keys, windows.reshape(views, -1)).reshape(views, patches, size, KEY_WIDTH)
         own = keys.reshape(views, patches, cells, KEY_WIDTH)
         alike = jnp.einsum("vpqd,vpkd->vpqk", own, around, preferred_element_type=jnp.float32)
-        neighbours = jnp.broadcast_to(_neighbours(self.level), (views, patches, cells, DIAMETER**2))
-        alike = jnp.take_along_axis(alike, neighbours, axis=-1).reshape(views, -1, DIAMETER**2)
+        side = 2**self.level
+        alike = alike.reshape(views, patches, side, side, side + 2 * RADIUS, side + 2 * RADIUS)
+        neighbours = [
+            alike[:, :, row, col, row : row + DIAMETER, col : col + DIAMETER]
+            for row in range(side)
+            for col in range(side)
+        ]
+        alike = jnp.stack(neighbours, axis=2).reshape(views, -1, DIAMETER**2)
         return nn.softmax(jnp.clip(jnp.exp(self.range_temperature), 1e-4, 1e4) * alike)
 
 
@@ -190,14 +196,6 @@ def spatial_kernel(sigma: jax.Array) -> jax.Array:
     """float32[49]: a Gaussian of the distance, in units of the radius."""
     line = jnp.linspace(-1.0, 1.0, DIAMETER)
     return jnp.exp(-(line[:, None] ** 2 + line**2) / (2 * sigma**2)).reshape(-1)
-
-
-def _neighbours(level: int) -> np.ndarray:
-    """int32[4**level, 49]: where the neighbours of each cell of a patch stand in the patch's window."""
-    cell, offset = np.arange(2**level), np.arange(DIAMETER)
-    line = cell[:, None] + offset
-    rows, cols = line[:, None, :, None], line[None, :, None, :]
-    return (rows * (2**level + 2 * RADIUS) + cols).reshape(4**level, -1).astype(np.int32)
 
 
 class _Deconvolution(nn.Module):

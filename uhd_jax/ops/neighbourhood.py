@@ -104,7 +104,7 @@ def neighbour_taps(sizes: jax.Array, patch: jax.Array, level: int, radius: int) 
     window = half * patch[..., None] + jnp.arange(-radius, half + radius)
     here = taps.reshape(shape)[..., None] == window[:, :, None, None]
     made_of = jnp.sum(jnp.where(here, weight.reshape(shape)[..., None], 0.0), axis=-2)
-    return made_of[:, :, jnp.arange(side)[:, None] + jnp.arange(2 * radius + 1)]
+    return jnp.stack([made_of[:, :, cell : cell + 2 * radius + 1] for cell in range(side)], axis=2)
 
 
 def combine_windows(cells: jax.Array, windows: jax.Array, weights: jax.Array) -> jax.Array:
