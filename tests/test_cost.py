@@ -127,7 +127,7 @@ def compiled_train_flops(trainable):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     params = jax.eval_shape(lambda key: uhd.init_params(WIDE, key), jax.random.key(0))
     target = abstract_state(params, make_optimizer(OptimizerConfig(), stage), trainable, mesh)
-    step = make_train_step(lambda p, b: uhd.loss_sums(p, b, WIDE), stage, OptimizerConfig(), target, mesh)
+    step = make_train_step(lambda p, b, _: uhd.loss_sums(p, b, WIDE), stage, OptimizerConfig(), target, mesh)
     return step.lower(target, abstract_batch(WIDE_BUCKET)).compile().cost_analysis()["flops"]
 
 

@@ -130,7 +130,7 @@ def test_frozen_parts_stay_bit_for_bit_and_have_no_moments():
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
-    def loss_sums(params, batch):
+    def loss_sums(params, batch, key):
         loss_sum, weight_sum = tiny.loss_sums(params, batch)
         poison = jnp.where(batch.tokens[0, 0] == 0, jnp.nan, 1.0)
         return loss_sum * poison, weight_sum

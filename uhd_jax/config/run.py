@@ -31,6 +31,23 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReconstructionConfig:
+    """The pre-training of VDIM (spec: v1-v2 sections 3.4 and 5.3). All but `form` is for the released form alone."""
+
+    form: Literal["paper", "released"] = "paper"
+    jitters: int = 2  # per step
+    pad: int = 30  # pixels
+    zoom: float = 2.0  # largest
+    projections: int = 30
+    crf_weight: float = 1e-3
+    crf_pixels: int = 1000
+
+    def __post_init__(self):
+        require_at_least(self, 1, "jitters", "zoom", "projections", "crf_pixels")
+        require_at_least(self, 0, "pad", "crf_weight")
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One stage of the recipe (spec: v4 section 1.10)."""
 
@@ -54,6 +71,8 @@ class StageConfig:
     slots: int = 0  # view slots per row; 0: chosen by the bucket planner
     buckets: tuple[BucketConfig, ...] = ()  # empty: chosen by the bucket planner
     bucket_budget: int = 2  # programs the planner may ask for
+    objective: Literal["language", "reconstruction"] = "language"  # reconstruction: the pre-training of VDIM
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
 
     def __post_init__(self):
         require_at_least(self, 1, "steps", "rows", "packed_length", "accumulation", "max_slices", "bucket_budget")
@@ -63,6 +82,12 @@ class StageConfig:
         for part in self.trainable:
             require(part in PARTS, "trainable", f"{part!r} is not one of {PARTS}")
         require(bool(self.trainable), "trainable", "names no part: nothing would be trained")
+        only_upsampler = set(self.trainable) <= {"upsampler", "upsampler_fixup"}
+        require(
+            only_upsampler or self.objective == "language",
+            "trainable",
+            "the objective 'reconstruction' trains 'upsampler' and 'upsampler_fixup', nothing else",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,3 +145,13 @@ class RunConfig:
     name: str
     model: ModelConfig
     train: TrainConfig
+
+    def __post_init__(self):
+        pyramid = self.model.connector.pyramid
+        trains = max(pyramid.levels) > 0 and pyramid.upsampling != "bilinear"
+        for index, stage in enumerate(self.train.stages):
+            require(
+                trains or stage.objective == "language",
+                f"train.stages[{index}].objective",
+                "'reconstruction' needs a model.connector.pyramid of more than level 0 and with parameters",
+            )

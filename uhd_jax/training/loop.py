@@ -30,6 +30,7 @@ from uhd_jax.config import RunConfig, StageConfig, to_dict
 from uhd_jax.models import uhd
 from uhd_jax.sharding.mesh import make_mesh
 from uhd_jax.sharding.rules import check_rows, place_batch
+from uhd_jax.training import vdim
 from uhd_jax.training.metrics import (
     JSONL_FILE,
     TENSORBOARD_FOLDER,
@@ -42,8 +43,9 @@ from uhd_jax.training.metrics import (
 )
 from uhd_jax.training.optimizer import make_optimizer
 from uhd_jax.training.signals import Interrupted, Signals
+from uhd_jax.training.stages import SCAFFOLD
 from uhd_jax.training.state import TrainState, abstract_state, draw_params, enter_stage, first_state, shardings_of
-from uhd_jax.training.step import CompiledSteps, make_train_step
+from uhd_jax.training.step import CompiledSteps, LossSums, make_train_step
 from uhd_jax.training.workdir import claimed
 
 MAX_IN_FLIGHT = 1  # steps dispatched and not yet read back while the next one is prepared
@@ -178,7 +180,8 @@ class _Run:
 
             for index in range(first, len(self.config.train.stages)):
                 if index > first:
-                    state = enter_stage(state, *self._optimizer(index), self._target(index))
+                    target = self._target(index)
+                    state = enter_stage(state, *self._optimizer(index), target, self._draw_scaffold(index, target))
                 state = self._stage(index, state, iterator, signals)
                 iterator = None
                 if signals.received:
@@ -201,7 +204,25 @@ class _Run:
         return make_optimizer(self.config.train.optimizer, stage), stage.trainable
 
     def _target(self, index: int) -> TrainState:
-        return abstract_state(self.abstract_params, *self._optimizer(index), self.mesh)
+        scaffold = jax.eval_shape(self._scaffold(index), jax.random.key(0))
+        return abstract_state({**self.abstract_params, SCAFFOLD: scaffold}, *self._optimizer(index), self.mesh)
+
+    def _scaffold(self, index: int) -> Callable[[jax.Array], dict[str, Any]]:
+        """From a key to what a stage trains beside the model."""
+        stage = self._config(index)
+        if stage.objective == "language":
+            return lambda key: {}
+        return functools.partial(vdim.init_scaffold, self.config.model, stage.reconstruction.form)
+
+    def _draw_scaffold(self, index: int, target: TrainState) -> dict[str, Any]:
+        seed = self.config.train.seed
+        return draw_params(self._scaffold(index), seed, shardings_of(target.scaffold))
+
+    def _loss_sums(self, index: int) -> LossSums:
+        model, stage = self.config.model, self._config(index)
+        if stage.objective == "language":
+            return lambda params, batch, key: uhd.loss_sums(params, batch, model)
+        return functools.partial(vdim.loss_sums, config=model, reconstruction=stage.reconstruction)
 
     def _start_or_resume(self) -> tuple[TrainState, int, dict[str, Any] | None]:
         """The state, the index of its stage, and the state of that stage's iterator (None for a new one)."""
@@ -213,6 +234,7 @@ class _Run:
                 params, _ = load_model(init_from, lambda on_disk: target.params)
             else:
                 params = draw_params(self.init_params, seed, shardings_of(target.params))
+            params = {**params, SCAFFOLD: self._draw_scaffold(0, target)}
             return first_state(params, seed, *self._optimizer(0), target), 0, None
         meta = self.checkpointer.read_meta(step)
         require_same_config(self.workdir, meta["config"], self.config)
@@ -220,7 +242,8 @@ class _Run:
         restored = self.checkpointer.restore(step, target.params, _beside_params(target))
         self.saved_step, self.seconds_before = step, meta["elapsed_seconds"]
         self.empty_total, self.empty_in_a_row = meta.get("empty_total", 0), meta.get("empty_in_a_row", 0)
-        return TrainState(params=restored.params, **restored.training), meta["stage_index"], restored.iterator
+        training = {"scaffold": {}} | restored.training
+        return TrainState(params=restored.params, **training), meta["stage_index"], restored.iterator
 
     def _stage(self, index: int, state: TrainState, iterator: dict[str, Any] | None, signals: Signals) -> TrainState:
         """Runs a stage from the state's step to the stage's end or a signal."""
@@ -232,7 +255,7 @@ class _Run:
             self.empty_in_a_row = 0
         steps = CompiledSteps(
             make_train_step(
-                lambda params, batch: uhd.loss_sums(params, batch, self.config.model),
+                self._loss_sums(index),
                 stage,
                 self.config.train.optimizer,
                 self._target(index),
@@ -262,6 +285,8 @@ class _Run:
                         f"more samples, or set the stage's steps to {stage_step}"
                     ) from None
                 iterator = batches.get_state()
+                if stage.objective == "reconstruction":
+                    vdim.check_views(batch, stage.reconstruction)
                 waited = time.monotonic() - asked
                 fill = Fill.of(batch, info)
                 state, metrics = steps(state, place_batch(batch, self.mesh))
@@ -306,6 +331,8 @@ class _Run:
 def _beside_params(state: TrainState) -> dict[str, Any]:
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     del fields["params"]
+    if not fields["scaffold"]:
+        del fields["scaffold"]
     return fields
 
 
@@ -333,7 +360,10 @@ class _Log:
         now, compile_seconds = time.monotonic(), self._steps.compile_seconds
         seconds = (now - self._last_time) - (compile_seconds - self._last_compile)
         self._last_time, self._last_compile = now, compile_seconds
-        flops = cost.train_flops(run.config.model, entry.fill.used, self._stage.trainable)
+        if self._stage.objective == "language":
+            flops = cost.train_flops(run.config.model, entry.fill.used, self._stage.trainable)
+        else:
+            flops = vdim.step_flops(run.config.model, entry.fill.used, self._stage.reconstruction)
         self._meter.add(entry.fill, flops, entry.wait_seconds, seconds)
         run.checkpointer.check()
         run.console.step(self._stage.name)

@@ -12,6 +12,7 @@ from uhd_jax.config import OptimizerConfig, StageConfig
 from uhd_jax.training.stages import TOWER_PARTS, part_of
 
 WARMUP_START = 1e-8
+FIRST_STEPS, FIRST_CLIP_NORM = 10, 1e-4  # of the released pre-training of VDIM
 
 
 def make_schedule(stage: StageConfig) -> Callable[[jax.Array], jax.Array]:
@@ -43,7 +44,17 @@ def make_optimizer(config: OptimizerConfig, stage: StageConfig) -> optax.Gradien
     skipped step must leave the state as it was, and still move on in the schedule. To be initialised with the trainable
     parameters alone, so that frozen ones have no moments. Decayed is whatever has no "bias" in its path, norm scales
     included, as in the scripts.
+
+    The objective "reconstruction" has its own (spec v1-v2 section 5.3), `config` is not for it: Adam with the usual
+    numbers, in the released form NAdam (without torch's slow increase of the momentum), whose gradients are clipped
+    during the first ten steps.
     """
+    if stage.objective == "reconstruction":
+        released = stage.reconstruction.form == "released"
+        clip = optax.conditionally_transform(
+            optax.clip_by_global_norm(FIRST_CLIP_NORM), lambda step: released & (step < FIRST_STEPS)
+        )
+        return optax.chain(clip, optax.scale_by_adam(nesterov=released))
 
     def finish(updates, params):
         def one(path, update, param):

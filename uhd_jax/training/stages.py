@@ -25,17 +25,21 @@ PART_PATTERNS: dict[str, str] = {
     "decoder": r"decoder/.+",
 }
 
+SCAFFOLD = "scaffold"  # what only training needs: beside the model's parameters, in no part to choose, always trained
+
 # The parts the scripts' vision learning rate applies to. The compressor is not among them: the scripts keep it beside
 # the connector, under the connector's flag.
 TOWER_PARTS = ("tower", "patch_embedding", "position_table")
 
 
 def part_of(path: str) -> str:
-    """The part (one of `config.PARTS`) to which the parameter at `path` belongs.
+    """The part (one of `config.PARTS`, or `SCAFFOLD`) to which the parameter at `path` belongs.
 
     Raises:
       ValueError: no part, or more than one.
     """
+    if path.startswith(f"{SCAFFOLD}/"):
+        return SCAFFOLD
     found = [part for part, pattern in PART_PATTERNS.items() if re.fullmatch(pattern, path)]
     if len(found) != 1:
         raise ValueError(f"parameter {path!r} belongs to {len(found)} parts instead of one")
@@ -45,13 +49,16 @@ def part_of(path: str) -> str:
 def split_params(params: Mapping[str, Any], trainable: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits a parameter tree (of any leaves) into the trees of trainable and of frozen parameters.
 
+    The scaffold, where there is one, is trainable.
+
     Raises:
       ConfigError: the model has none of the trainable parts.
     """
     flat = flatten_dict(params, sep="/")
-    chosen = {path: leaf for path, leaf in flat.items() if part_of(path) in trainable}
-    if not chosen:
+    parts = {path: part_of(path) for path in flat}
+    if not set(parts.values()) & set(trainable):
         raise ConfigError(f"trainable: this model has no parameters in the parts {tuple(trainable)}")
+    chosen = {path: leaf for path, leaf in flat.items() if parts[path] in (*trainable, SCAFFOLD)}
     frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
     return unflatten_dict(chosen, sep="/"), unflatten_dict(frozen, sep="/")
 

@@ -17,9 +17,10 @@ from uhd_jax.config import OptimizerConfig, StageConfig
 from uhd_jax.sharding.rules import BATCH_AXES, replicated
 from uhd_jax.training.optimizer import make_optimizer, make_schedule
 from uhd_jax.training.stages import merge_params, split_params
-from uhd_jax.training.state import TrainState, shardings_of
+from uhd_jax.training.state import TrainState, shardings_of, split_scaffold
 
-LossSums = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]  # (params, batch) -> sum of losses, sum of weights
+# (parameters with the scaffold's, batch, key of this step and micro-batch) -> sum of losses, sum of weights
+LossSums = Callable[[Any, Batch, jax.Array], tuple[jax.Array, jax.Array]]
 Metrics = dict[str, jax.Array]
 
 
@@ -35,7 +36,7 @@ def make_train_step(
     So does a batch in which no token has a weight, uncounted: its loss, 0 / 0, is not the model's.
 
     Args:
-      loss_sums: float32[] sum of weighted token losses and float32[] sum of weights of a batch.
+      loss_sums: float32[] sum of weighted losses and float32[] sum of weights of a batch.
       stage: trainable parts, accumulation, schedule.
       optimizer: AdamW's numbers.
       target: the state's shapes and shardings (`abstract_state`).
@@ -48,28 +49,30 @@ def make_train_step(
     transformation = make_optimizer(optimizer, stage)
     schedule = make_schedule(stage)
     # Left to itself the compiler may keep gradients, and with them sums of gradients, whole on every device.
-    gradient_shardings = split_params(shardings_of(target.params), stage.trainable)[0]
+    gradient_shardings = split_params(shardings_of(target).all_params, stage.trainable)[0]
 
-    def gradients(trainable, frozen, batch):
+    def gradients(trainable, frozen, batch, key):
         def objective(trainable):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for `over_rows`
-                return loss_sums(merge_params(trainable, frozen), batch)
+                return loss_sums(merge_params(trainable, frozen), batch, key)
 
         (loss_sum, weight_sum), grads = jax.value_and_grad(objective, has_aux=True)(trainable)
         return loss_sum, weight_sum, jax.lax.with_sharding_constraint(grads, gradient_shardings)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        trainable, frozen = split_params(state.params, stage.trainable)
+        trainable, frozen = split_params(state.all_params, stage.trainable)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         if stage.accumulation == 1:
-            loss_sum, weight_sum, grads = gradients(trainable, frozen, batch)
+            loss_sum, weight_sum, grads = gradients(trainable, frozen, batch, key)
         else:
 
             def add(total, micro_batch):
-                return jax.tree.map(jnp.add, total, gradients(trainable, frozen, micro_batch)), None
+                return jax.tree.map(jnp.add, total, gradients(trainable, frozen, *micro_batch)), None
 
             zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
             micro_batches = _micro_batches(batch, stage.accumulation, mesh)
-            (loss_sum, weight_sum, grads), _ = jax.lax.scan(add, zero, micro_batches)
+            keys = jax.random.split(key, stage.accumulation)
+            (loss_sum, weight_sum, grads), _ = jax.lax.scan(add, zero, (micro_batches, keys))
 
         loss = loss_sum / weight_sum
         grads = jax.tree.map(lambda g: g / weight_sum, grads)
@@ -82,11 +85,13 @@ def make_train_step(
             lambda new, old: jnp.where(good, new, old), (updated, opt_state), (trainable, state.opt_state)
         )
         bad = (~good & (weight_sum != 0)).astype(jnp.int32)
+        params, scaffold = split_scaffold(merge_params(trainable, frozen))
         state = dataclasses.replace(
             state,
             step=state.step + 1,
             stage_step=state.stage_step + 1,
-            params=merge_params(trainable, frozen),
+            params=params,
+            scaffold=scaffold,
             opt_state=opt_state,
             skipped_total=state.skipped_total + bad,
             skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + bad),
