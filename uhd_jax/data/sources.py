@@ -14,6 +14,7 @@ import numpy as np
 from uhd_jax.config import ConfigError, DataConfig, ImageLimits, from_config_dict
 from uhd_jax.data.chat import ROLES, ImagePart, Message
 from uhd_jax.data.demo import DigitPages, DigitPagesOptions
+from uhd_jax.data.images import ImageFolder, ImagesOptions
 from uhd_jax.slicing import image_io
 from uhd_jax.slicing.plan import Size
 
@@ -224,6 +225,7 @@ class SourceKind(NamedTuple):
 # By the name that `DataConfig.source` uses; programs may add their own.
 SOURCES: dict[str, SourceKind] = {
     "digit_pages": SourceKind(DigitPagesOptions, lambda options, limits: DigitPages(options)),
+    "images": SourceKind(ImagesOptions, ImageFolder),
     "records": SourceKind(RecordsOptions, lambda options, limits: Records.from_jsonl(options.path, limits)),
 }
 
