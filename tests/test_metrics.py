@@ -1,9 +1,15 @@
 """Writers, console and meter."""
 
+import fcntl
 import io
 import json
+import logging
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 
 import pytest
@@ -94,6 +100,32 @@ def test_a_bar_on_a_terminal():
     assert "\r" in shown and "hello\n" in shown
     assert "one" in shown.splitlines()[-1] and "loss 0.1000" in shown
     assert "3/10" in shown
+
+
+@pytest.mark.parametrize(("columns", "bar"), [(0, False), (80, True)])
+def test_a_terminal_without_width_gets_plain_lines(columns, bar):
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(follower, "w") as stream:
+        console = Console(10, 2, stream)
+        console.step("one")
+        console.write(RECORD)
+        console.close()
+        shown = os.read(leader, 4096).decode()
+    os.close(leader)
+    assert ("one step 3/10  loss 0.1000" in shown) is not bar
+    assert ("/10 [" in shown) is bar
+
+
+def test_warnings_are_said_above_the_bar_and_nowhere_else(caplog):
+    stream = Terminal()
+    logger = logging.getLogger("uhd_jax.data.pipeline")
+    console = Console(10, 2, stream)
+    logger.warning("%s: no image", "a.jsonl:3")
+    console.close()
+    logger.warning("later")
+    assert "\ra.jsonl:3: no image\n" in stream.getvalue() and "later" not in stream.getvalue()
+    assert caplog.messages == ["later"]
 
 
 def test_meter_sums_and_starts_anew():

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from uhd_jax.batch import Batch, Bucket, empty_batch
@@ -135,6 +136,12 @@ init_params = functools.partial(uhd.init_params, MODEL)
 
 def loss_sums(params, batch, key=None):
     return uhd.loss_sums(params, batch, MODEL)
+
+
+def quick_loss_sums(params, batch, config):
+    """In the place of `uhd.loss_sums`: every parameter has a gradient, and nothing takes long to compile."""
+    guess = sum(jnp.mean(leaf + leaf**2) for leaf in jax.tree.leaves(params))
+    return jnp.sum(batch.loss_weights * (guess - batch.tokens / 64) ** 2), jnp.sum(batch.loss_weights)
 
 
 @functools.cache

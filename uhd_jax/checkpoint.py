@@ -94,7 +94,7 @@ class Checkpointer:
     def __init__(self, workdir: str | os.PathLike[str], keep: int = 2):
         """Opens `workdir`/checkpoints, made if absent; the newest `keep` checkpoints stay."""
         self.directory = Path(workdir).absolute() / FOLDER
-        self._unsilence = _silence_orbax()  # until the last background save has ended well
+        self._unsilence, self._failed = _silence_orbax(), False
         with self._writing():
             self.directory.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
@@ -140,7 +140,8 @@ class Checkpointer:
         """Waits, then lets go of the threads; raises as `save`."""
         with self._writing():
             self._manager.close()
-        self._unsilence()
+        if not self._failed:  # what its threads say of that may come at any time
+            self._unsilence()
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The meta item of checkpoint `step`.
@@ -179,6 +180,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
+            self._failed = True
             raise CheckpointError(_cannot_write(self.directory, error)) from error
 
 

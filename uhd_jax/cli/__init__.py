@@ -18,8 +18,6 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-import absl.logging
-
 from uhd_jax.cli import configs
 from uhd_jax.cli.common import UsageError
 
@@ -74,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, argv: list[str]) -> int:
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns of files that it does without
     command = importlib.import_module(f"uhd_jax.cli.{name}")
     parser = Parser(
         prog=f"uhd-jax {name}",

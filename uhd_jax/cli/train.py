@@ -9,6 +9,12 @@ checkpoint, training goes on from there. SIGTERM saves and leaves with status 0,
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
+import os
+import sys
+import threading
+from pathlib import Path
 
 from uhd_jax.cli.common import folder, write_json
 from uhd_jax.config import RunConfig
@@ -27,24 +33,30 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> int:
     """Trains; the status says how it ended."""
     import jax
 
-    from uhd_jax import __version__, checkpoint
-    from uhd_jax.data.tokenizer import load_tokenizer
+    from uhd_jax import __version__
+    from uhd_jax.checkpoint import newest_step
     from uhd_jax.training.batches import make_batches
     from uhd_jax.training.loop import train
 
     workdir = arguments.workdir
-    if not any((workdir / checkpoint.FOLDER).glob("*")):
-        # What answers later needs the tokenizer of the training, which may be gone from its own place by then.
-        tokenizer = load_tokenizer(config.model.chat.tokenizer, config.model.chat)
-        (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
-        tokenizer.save(workdir / "tokenizer")
     summary = workdir / "trained.json"
+    if newest_step(workdir) is None:
+        for index in range(len(config.train.stages)):
+            with make_batches(config, index):
+                pass  # what is wrong with the data of the last stage is better known now than when it begins
 
+    @contextlib.contextmanager
     def opened(config: RunConfig, stage_index: int):
-        summary.unlink(missing_ok=True)  # not earlier: a run that is refused leaves the folder as it was
-        return make_batches(config, stage_index)
+        with make_batches(config, stage_index) as batches:
+            # Not earlier: a run that is refused leaves the folder as it was.
+            summary.unlink(missing_ok=True)
+            _keep_tokenizer(config, workdir)
+            yield batches
 
     result = train(config, workdir, opened)
+    if result.interrupted_by:
+        _leave_if_held_up(result.exit_status)
+    _keep_tokenizer(config, workdir)
     if result.finished:
         device = jax.devices()[0]
         write_json(
@@ -59,3 +71,34 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> int:
             },
         )
     return result.exit_status
+
+
+def _keep_tokenizer(config: RunConfig, workdir: Path) -> None:
+    """What answers later needs the tokenizer of the training, which may be gone from its own place by then."""
+    from uhd_jax.checkpoint import newest_step
+    from uhd_jax.data.tokenizer import load_tokenizer
+
+    kept = workdir / "tokenizer"
+    if newest_step(workdir) is None or not (kept / "tokenizer.json").is_file():
+        kept.mkdir(parents=True, exist_ok=True)
+        load_tokenizer(config.model.chat.tokenizer, config.model.chat).save(kept)
+
+
+def _leave_if_held_up(status: int) -> None:
+    """Ends the process at once if samples are still being read. Everything is saved; Python would wait for them."""
+    from uhd_jax.data.pipeline import CLOSING
+
+    def still_closing(seconds: float) -> bool:
+        for thread in closing:
+            thread.join(seconds)
+        return any(thread.is_alive() for thread in closing)
+
+    closing = [thread for thread in threading.enumerate() if thread.name == CLOSING]
+    workers = multiprocessing.active_children()
+    if workers and still_closing(2.0):  # they end one after the other, unless one hangs
+        for worker in workers:
+            worker.kill()
+    if still_closing(0.5 if workers else 0.0):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -169,10 +169,11 @@ class WindowPlanner:
     def _given_buckets(self) -> tuple[BucketConfig, ...]:
         stage, multiple = self.stage, 4 ** self.model.merge_levels()
         for bucket in stage.buckets:
+            where = f"stage {stage.name!r}: buckets: {bucket}"
             if bucket.tokens > stage.packed_length:
-                raise ConfigError(f"buckets: {bucket} has more tokens than packed_length {stage.packed_length}")
+                raise ConfigError(f"{where} has more tokens than packed_length {stage.packed_length}")
             if bucket.patches % multiple or min(bucket.slots, bucket.tokens, bucket.patches) < 1:
-                raise ConfigError(f"buckets: {bucket} must have at least one slot and patches a multiple of {multiple}")
+                raise ConfigError(f"{where} must have at least one slot and patches a multiple of {multiple}")
         return stage.buckets
 
     def _planned_buckets(self) -> tuple[BucketConfig, ...]:

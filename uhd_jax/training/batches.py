@@ -18,7 +18,7 @@ from uhd_jax.data.sources import make_source
 def make_batches(config: RunConfig, stage_index: int) -> Iterator[StageBatches]:
     """Opens the source of a stage; this process gets its own part of every batch."""
     stage = config.train.stages[stage_index]
-    source = make_source(stage.data, config.model.slicing.limits)
+    source = make_source(stage.data, config.model.slicing.limits, f"config.train.stages[{stage_index}].data")
     process = (jax.process_index(), jax.process_count())
     model = config.model.for_stage(stage)
     batches = make_iterator(stage, model, config.train, source, process=process)

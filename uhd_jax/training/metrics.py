@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -145,13 +146,19 @@ class TensorBoardWriter:
 
 
 class Console:
-    """A progress bar on a terminal; elsewhere one plain line per record and message."""
+    """A progress bar on a terminal; elsewhere one plain line per record and message.
+
+    Until it is closed it also shows the package's warnings, which would otherwise tear the bar.
+    """
 
     def __init__(self, total_steps: int, step: int, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
         self._total = total_steps
         self._bar = None
-        if self._stream.isatty():
+        self._warnings = _Said(self.say)
+        _LOGGER.addHandler(self._warnings)
+        _LOGGER.propagate = False
+        if self._stream.isatty() and _has_width(self._stream):
             self._bar = tqdm(total=total_steps, initial=step, unit="step", file=self._stream, dynamic_ncols=True)
 
     def step(self, stage: str) -> None:
@@ -180,8 +187,32 @@ class Console:
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
+        _LOGGER.removeHandler(self._warnings)
+        _LOGGER.propagate = True
         if self._bar is not None:
             self._bar.close()
+
+
+_LOGGER = logging.getLogger("uhd_jax")
+
+
+class _Said(logging.Handler):
+    """Says what is logged."""
+
+    def __init__(self, say: Callable[[str], None]):
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(self.format(record))
+
+
+def _has_width(terminal: TextIO) -> bool:
+    """False for terminals that do not know how wide they are, as in some containers: a bar would be cut to nothing."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns > 0
+    except (OSError, ValueError):  # none of the system's
+        return True
 
 
 class Meter:
