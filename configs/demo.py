@@ -16,6 +16,7 @@ v4 should reach 0.97 of the digits on held-out pages, where the control stays at
 
 The four stages follow the recipe's order (small images, then views, then sliced pages, then instructions), but every
 stage trains everything: the recipe's stage 1 can freeze tower and decoder because they come pre-trained, these do not.
+Only v2's VDIM has a stage of its own, after the first, and stays frozen in the others.
 """
 
 from ml_collections import ConfigDict
@@ -80,7 +81,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "name": f"demo_{system}",
             "model": model,
             "train": {
-                "stages": _stages(layout, thumbnail),
+                "stages": _stages(layout, thumbnail, vdim=system == "v2" and options.get("pyramid", "vdim") == "vdim"),
                 "optimizer": {"b2": 0.9},  # from scratch: forgets the first steps' large gradients ten times sooner
                 "checkpoint_every": 100,
                 "log_every": 10,
@@ -89,7 +90,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
 
 
-def _stages(layout: str, thumbnail: bool) -> list[dict]:
+def _stages(layout: str, thumbnail: bool, vdim: bool) -> list[dict]:
     max_slices, slots = (1, 4) if thumbnail else (9, 14)
     pages = {
         "packed_length": 192,
@@ -123,10 +124,23 @@ def _stages(layout: str, thumbnail: bool) -> list[dict]:
         warmup_steps=20,
         max_slices=1,
     )
+    # Once the tower knows digits; later stages leave VDIM as it is then.
+    reconstruction = _stage(
+        "vdim",
+        {"task": "view", "layout": layout},
+        objective="reconstruction",
+        steps=60,
+        rows=16,
+        packed_length=84,
+        buckets=[{"slots": 1, "tokens": 84, "patches": 64}],
+        learning_rate=1e-3,
+        max_slices=1,
+    ) | {"trainable": ("upsampler", "upsampler_fixup")}
     questions = {"task": "mixed", "questions_per_page": 4, "questions_fraction": 0.5, "layout": layout}
     longer = {"packed_length": 256, "buckets": [{"slots": slots, "tokens": 256, "patches": 64}]}
     return [
         cells,
+        *([reconstruction] if vdim else []),
         views,
         _stage("pages", {"task": "page", "layout": layout}, steps=560, **pages),
         _stage("questions", questions, steps=200, sample_weight_power=0.5, **pages | longer),
