@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ import pytest
 from tiny import random_params
 
 from uhd_jax.config import ConnectorConfig, PyramidConfig
-from uhd_jax.models.hiwin import Hiwin, level_bins
+from uhd_jax.models.hiwin import Hiwin, level_bins, pool_projected
+from uhd_jax.models.layers import LayerNorm
 from uhd_jax.models.resampler import SpatialResampler
-from uhd_jax.ops.roi_align import MAX_BINS
+from uhd_jax.ops.roi_align import MAX_BINS, choose_bins, pool_windows
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -23,8 +25,9 @@ PATCHES = jax.random.normal(jax.random.key(1), (3, 36, 12))
 ONE_SET = ConnectorConfig("hiwin", query_side=3, query_sets=1)
 
 
-def run(config: ConnectorConfig, params: dict) -> np.ndarray:
-    return np.asarray(Hiwin(config, 16, 4, jnp.float32).apply({"params": params}, FEATURES, GRIDS, PATCHES))
+@functools.partial(jax.jit, static_argnums=0)
+def run(config: ConnectorConfig, params: dict) -> jax.Array:
+    return Hiwin(config, 16, 4, jnp.float32).apply({"params": params}, FEATURES, GRIDS, PATCHES)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,29 @@ def test_what_the_kinds_of_bins_change(params):
     assert np.abs(pyramid[0] - fixed[0]).max() > 1e-2
 
 
+def test_pooling_first_and_projecting_later_is_the_same():
+    vector = jax.ShapeDtypeStruct((16,), jnp.float32)
+    linear = {"kernel": jax.ShapeDtypeStruct((6, 16), jnp.float32), "bias": vector}
+    args = FEATURES, *random_params((linear, {"scale": vector, "bias": vector}))
+    bins = choose_bins(GRIDS)
+
+    def later(features, linear, norm):
+        return pool_projected(features, GRIDS, bins, linear, norm, 1e-6, 3, "float32")
+
+    def first(features, linear, norm):
+        projected = features @ linear["kernel"] + linear["bias"]
+        return pool_windows(LayerNorm(1e-6, jnp.float32).apply({"params": norm}, projected), GRIDS, bins, 3)
+
+    np.testing.assert_allclose(later(*args)[0], first(*args)[0], atol=1e-5, rtol=0)
+    np.testing.assert_array_equal(later(*args)[1], first(*args)[1])
+
+    def gradients(pool):
+        return jax.tree.leaves(jax.jit(jax.grad(lambda *a: jnp.sum(pool(*a)[0] ** 3), argnums=(0, 1, 2)))(*args))
+
+    for ours, expected in zip(gradients(later), gradients(first), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+
+
 def test_window_borders_are_rounded_where_asked(params):
     sharp = run(ONE_SET, params)
     rounded = run(dataclasses.replace(ONE_SET, box_dtype="bfloat16"), params)
@@ -65,10 +91,12 @@ def test_one_set_of_queries_without_a_pyramid_is_the_spatial_resampler(params):
     same = {name: params[name] for name in names}
     assert set(params) == {*names, "queries", "level_0", "level_embeddings"}
     same |= {"queries": params["queries"]["set_0"], "key_value": {"kernel": level["kernel"]}}
-    config = ConnectorConfig("spatial_resampler", query_side=3)
-    expected = SpatialResampler(config, 16, 4, jnp.float32).apply({"params": same}, FEATURES, GRIDS, PATCHES)
-    np.testing.assert_allclose(run(ONE_SET, plain), expected, atol=1e-6, rtol=0)
-    assert np.abs(run(ONE_SET, params) - expected).max() > 1e-2
+    ours, theirs = (
+        dataclasses.replace(ONE_SET, kind=kind, box_dtype="bfloat16") for kind in ("hiwin", "spatial_resampler")
+    )
+    expected = SpatialResampler(theirs, 16, 4, jnp.float32).apply({"params": same}, FEATURES, GRIDS, PATCHES)
+    np.testing.assert_allclose(run(ours, plain), expected, atol=1e-6, rtol=0)
+    assert np.abs(run(ours, params) - expected).max() > 1e-2
 
 
 def test_parameters_of_the_released_form():

@@ -14,6 +14,8 @@ from uhd_jax.config import PyramidConfig
 from uhd_jax.models.pyramid import Pyramid, pool_patches
 from uhd_jax.ops import neighbourhood as nb
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 WIDTH, SIDE = 5, 4  # of features; of a patch, in pixels
 GRIDS = [(3, 4), (1, 12), (12, 1), (1, 1), (0, 0)]
 ROOM = 12

@@ -22,7 +22,7 @@ CASES = {
     "bilinear_mlp": ConnectorConfig("bilinear_mlp", query_side=3, pyramid=PyramidConfig(3, "deconvolution")),
     "perceiver": ConnectorConfig("perceiver", query_side=3, pyramid=PyramidConfig(3, "bilinear")),
     "spatial_resampler": ConnectorConfig("spatial_resampler", query_side=3),
-    "hiwin": ConnectorConfig("hiwin", query_side=3, pyramid=PyramidConfig(5)),
+    "hiwin": ConnectorConfig("hiwin", query_side=3, pyramid=PyramidConfig(3)),
     "hiwin, one set": ConnectorConfig("hiwin", query_side=3, query_sets=1, bins="pyramid", pyramid=PyramidConfig(2)),
 }
 WIDTH, TOWER_WIDTH, HEADS = 16, 6, 4

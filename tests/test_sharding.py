@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -17,19 +18,37 @@ from uhd_jax.config import (
     DecoderConfig,
     MeshConfig,
     ModelConfig,
+    PyramidConfig,
+    TowerConfig,
 )
+from uhd_jax.config.presets import CLIP_L_14_336, VICUNA_7B
 from uhd_jax.models import uhd
 from uhd_jax.sharding.mesh import ShardingError, make_mesh
-from uhd_jax.sharding.rules import RULES, check_rows, param_shardings, param_spec, place_batch, with_shardings
+from uhd_jax.sharding.rules import (
+    RULES,
+    batch_sharding,
+    check_rows,
+    param_shardings,
+    param_spec,
+    place_batch,
+    with_shardings,
+)
 
 FULL = ModelConfig(DecoderConfig(151_936, 4096, 12_288, 36, 32, 8, 128, qk_norm=True))
 QWEN2 = dataclasses.replace(FULL, decoder=dataclasses.replace(FULL.decoder, qk_norm=False, qkv_bias=True))
+HIWIN = ModelConfig(
+    DecoderConfig(**VICUNA_7B),
+    TowerConfig(**CLIP_L_14_336),
+    CompressorConfig("none"),
+    ConnectorConfig("hiwin", pyramid=PyramidConfig(7)),
+)
 MODELS = {
     "full": FULL,
     "qwen2, tied": dataclasses.replace(QWEN2, decoder=dataclasses.replace(QWEN2.decoder, tied_head=True)),
     "post-ViT": dataclasses.replace(FULL, compressor=CompressorConfig("none"), connector=ConnectorConfig(rounds=2)),
+    "hiwin": HIWIN,
     "tiny": tiny.MODEL,
-    **tiny.KINDS,
+    **{f"tiny {name}": model for name, model in tiny.KINDS.items()},
 } | {kind: dataclasses.replace(FULL, compressor=CompressorConfig(kind)) for kind in COMPRESSORS if kind != "none"}
 
 
@@ -62,6 +81,46 @@ def test_full_model_is_split_over_fsdp_and_tensor():
     on_one = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
     # Kernels are in four pieces, the two tables in two (the head in four).
     assert on_one / sum(leaf.size for leaf in leaves) < 0.27
+
+
+def test_hiwin_is_split_over_fsdp_and_tensor():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    connector = with_shardings(abstract(HIWIN), mesh)["connector"]
+    assert connector["level_2"]["kernel"].sharding.spec == P("fsdp", "tensor")
+    assert connector["attention"]["key"]["kernel"].sharding.spec == P("fsdp", "tensor")
+    assert connector["join"]["kernel"].sharding.spec == P("fsdp", "tensor")
+    assert connector["upsampler"]["up1"]["range_temperature"].sharding.spec == P()
+    leaves = jax.tree.leaves(connector)
+    on_one = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+    assert on_one / sum(leaf.size for leaf in leaves) < 0.27
+
+
+@pytest.mark.parametrize("kind", ["bilinear_mlp", "perceiver", "spatial_resampler", "hiwin"])
+def test_connectors_give_on_eight_devices_what_they_give_on_one(kind):
+    """Without `whole_rows` in the resamplers, XLA divided a chain of products into other numbers, without a word."""
+    connector = dataclasses.replace(tiny.KINDS[kind].connector, pyramid=PyramidConfig())
+    module = uhd.connector(dataclasses.replace(tiny.KINDS[kind], connector=connector))
+    random = np.random.default_rng(0)
+    features = random.normal(size=(8, 16, 16)).astype(np.float32)
+    rest = np.full((8, 2), 4, np.int32), np.zeros((8, 16, 12), np.float32)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), features, *rest))
+    params = {"connector": tiny.random_params(shapes["params"])}
+
+    @jax.jit
+    def run(params, *views):
+        def loss(params):
+            out = module.apply({"params": params["connector"]}, *views)
+            return jnp.mean(out**2), out
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    expected = run(params, features, *rest)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    views = jax.device_put((features, *rest), batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        ours = run(jax.device_put(params, param_shardings(params, mesh)), *views)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 + 1e-4 * np.abs(b).max())
 
 
 def test_rules_speak_up():

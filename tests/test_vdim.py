@@ -29,6 +29,8 @@ from uhd_jax.training.vdim import (
     released_terms,
 )
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 MODEL = ModelConfig(
     decoder=DecoderConfig(64, 16, 16, 1, 2, 2, 8),
     tower=TowerConfig(width=6, mlp_width=8, layers=1, heads=2, patch_size=4, table_side=4),

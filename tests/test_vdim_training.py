@@ -135,7 +135,8 @@ def test_eight_devices_equal_one_and_keys_make_a_difference(form):
         tower=dataclasses.replace(MODEL.tower, layers=2),
         connector=dataclasses.replace(MODEL.connector, pyramid=PyramidConfig(2)),
     )
-    one, optimizer = stage(form), make_optimizer(OptimizerConfig(), stage(form))
+    one = stage(form, learning_rate=0.0, learning_rate_min=0.0)
+    optimizer = make_optimizer(OptimizerConfig(), one)
 
     def draw():
         scaffold = vdim.init_scaffold(model, form, jax.random.key(0))
@@ -154,6 +155,8 @@ def test_eight_devices_equal_one_and_keys_make_a_difference(form):
             state = first_state(params, seed, optimizer, UPSAMPLER, target)
             state, metrics = step(state, place_batch(tiny.batch(0), mesh))
             made.append((jax.device_get(metrics), jax.device_get(state.opt_state[1].mu)))
+        later = step(state, place_batch(tiny.batch(0), mesh))[1]["loss"]  # nothing was learned in between
+        assert abs(later - metrics["loss"]) > 1e-4 * abs(metrics["loss"])
     (single, moments), (other, _), (eight, eight_moments) = made
     assert single["weight_sum"] == (8 if form == "released" else 8 * 16)  # views, or their patches
     np.testing.assert_allclose(eight["loss"], single["loss"], rtol=1e-5)

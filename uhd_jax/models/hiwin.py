@@ -7,6 +7,8 @@ Dimension letters: V views, P patches per view, C tower width, D decoder width, 
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,51 @@ def level_bins(kind: str, level: int, grids: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.array((3, 3) if kind == "fixed" else PYRAMID_BINS[level], jnp.int32), grids.shape)
 
 
+@functools.partial(jax.checkpoint, static_argnums=(5, 6, 7))
+def pool_projected(
+    cells: jax.Array,
+    grids: jax.Array,
+    bins: jax.Array,
+    linear: dict[str, jax.Array],
+    norm: dict[str, jax.Array],
+    eps: float,
+    side: int,
+    box_dtype: str,
+) -> tuple[jax.Array, jax.Array]:
+    """`pool_windows` of LayerNorm(cells @ kernel + bias), without that map: it would be the largest array of the model.
+
+    The norm divides each cell by a deviation of its own; everything else is linear and may follow the pooling. The
+    variance is a quadratic form of the cell, whose matrix is the kernel's (with the bias as one more row, and less its
+    mean over the width, which is the norm's subtraction) times its transpose.
+
+    Args:
+      cells: float[V, P, C] in raster order.
+      grids: int32[V, 2].
+      bins: int32[V, 2].
+      linear: kernel float32[C, D] and bias float32[D].
+      norm: scale and bias float32[D].
+      eps: of the norm.
+      side: windows along each axis.
+      box_dtype: as in `pool_windows`.
+
+    Returns:
+      float[V, side * side, 12, D] and bool[V, 12].
+    """
+    one = jnp.ones((*cells.shape[:-1], 1), cells.dtype)
+    cells = jnp.concatenate([cells, one], axis=-1)
+    kernel = jnp.concatenate([linear["kernel"], linear["bias"][None]])
+    kernel -= jnp.mean(kernel, axis=-1, keepdims=True)
+    form = (kernel @ kernel.T / kernel.shape[-1]).astype(cells.dtype)
+    variance = jnp.sum(jnp.matmul(cells, form, preferred_element_type=jnp.float32) * cells, axis=-1, keepdims=True)
+    cells = (cells * jax.lax.rsqrt(jnp.maximum(variance, 0) + eps)).astype(cells.dtype)
+    pooled, mask = pool_windows(jnp.concatenate([cells, one], axis=-1), grids, bins, side, box_dtype)
+    return pooled @ jnp.concatenate([kernel * norm["scale"], norm["bias"][None]]).astype(cells.dtype), mask
+
+
+def _init_linear(key: jax.Array, features: int, width: int) -> dict[str, jax.Array]:
+    return {"kernel": query_init(key, (features, width), jnp.float32), "bias": jnp.zeros(width)}
+
+
 class Hiwin(Resampler):
     """The released models have four sets of queries, which share one attention; a linear layer joins what they find.
 
@@ -58,19 +105,13 @@ class Hiwin(Resampler):
         side, levels = cfg.query_side, cfg.pyramid.levels
         positions = self._positions()
         embeddings = self.param("level_embeddings", lambda _: {f"level_{n}": jnp.zeros(width) for n in levels})
-        norm = self._norm("key_value_norm")
-
-        # Made again in the backward pass: the projected map of the highest level is the largest array of all.
-        @nn.remat
-        def pool(project, norm, cells, cell_grids, bins):
-            return pool_windows(norm(project(cells)), cell_grids, bins, side, cfg.box_dtype)
-
+        norm = self.param("key_value_norm", lambda _: {"scale": jnp.ones(width), "bias": jnp.zeros(width)})
         keys, values, masks = [], [], []
         maps = Pyramid(cfg.pyramid, dtype, name="upsampler")(features, grids, patches)
         for level, (cells, cell_grids) in zip(levels, maps, strict=True):
             bins = level_bins(cfg.bins, level, grids)
-            project = layers.dense(width, dtype, f"level_{level}", init=query_init)
-            value, mask = pool(project, norm, cells, cell_grids, bins)
+            linear = self.param(f"level_{level}", _init_linear, cells.shape[-1], width)
+            value, mask = pool_projected(cells, cell_grids, bins, linear, norm, cfg.norm_eps, side, cfg.box_dtype)
             # The weights of bicubic resizing sum to one, so the level's embedding may join the table before; pooling is
             # linear, so positions are pooled apart from the features and need no map of their own.
             table = positions + embeddings[f"level_{level}"]

@@ -35,7 +35,6 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"connector/(round_\d/)?linear_1/kernel", ("embed", "mlp")),
     (r"connector/(round_\d/)?linear_2/kernel", ("mlp", "embed")),
     (r"connector/(position_table|queries(/set_\d)?)", ("table", "embed")),
-    # Norms and pooling between this and the attention act on each channel, so its output may stay split.
     (r"connector/(key_value|level_\d)/kernel", ("embed", "mlp")),
     (r"connector/level_embeddings/level_\d", ("vector",)),
     (r"connector/attention/(query|key|value)/kernel", ("embed", "heads")),
