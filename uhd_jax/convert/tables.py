@@ -45,6 +45,7 @@ class Entry:
     rule: Rule = SAME
     foreign_shape: tuple[int, ...] | None = None  # where theirs can't be told from ours (convolutions)
     part: tuple[int, int] | None = None  # (i, n): part i of n equal ones along theirs' first axis; all have entries
+    layers: tuple[int, ...] = ()  # what `{L}` stands for, one number per layer of ours; empty: 0, 1, 2, ..
 
     @property
     def stacked(self) -> bool:
@@ -53,7 +54,9 @@ class Entry:
 
     def names(self, layers: int) -> list[str]:
         """Foreign names, one per layer, or one."""
-        return [self.theirs.replace("{L}", str(i)) for i in range(layers)] if self.stacked else [self.theirs]
+        if not self.stacked:
+            return [self.theirs]
+        return [self.theirs.replace("{L}", str(index)) for index in self.layers or range(layers)]
 
     def shape(self, theirs: tuple[int, ...]) -> tuple[int, ...] | None:
         """Shape of ours, of a single layer, from the shape of theirs; None where that has no such part."""
