@@ -8,7 +8,7 @@ import pytest
 
 from uhd_jax.batch import Bucket, empty_batch
 from uhd_jax.config import CompressorConfig, ModelConfig, TowerConfig
-from uhd_jax.convert.minicpmv import decoder_config, decoder_table
+from uhd_jax.convert.decoders import decoder_config, decoder_table
 from uhd_jax.convert.tables import import_tensors
 from uhd_jax.models import uhd
 

@@ -183,7 +183,10 @@ class ConnectorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """One decoder for Llama/Vicuna, Qwen2 and Qwen3, told apart by the flags."""
+    """One decoder for Llama/Vicuna, Qwen2, Qwen3 and the Qwen3.5 hybrid, told apart by the flags (spec v4 4.4).
+
+    Of every `full_attention_interval` layers the last is full attention and the others are gated delta layers.
+    """
 
     vocab_size: int
     width: int
@@ -195,13 +198,48 @@ class DecoderConfig:
     rope_theta: float = 1e6
     norm_eps: float = 1e-6
     qkv_bias: bool = False  # Qwen2
-    qk_norm: bool = False  # Qwen3
+    qk_norm: bool = False  # Qwen3 and Qwen3.5
     tied_head: bool = False
+    rotary_dim: int = 0  # only so many first values of a head are rotated; 0: head_dim
+    # Of the rotary_dim / 2 frequencies, how many turn with the temporal, row and column position; empty: one position.
+    mrope_sections: tuple[int, ...] = ()
+    gated_attention: bool = False  # Qwen3.5: full attention's output times the sigmoid of a projection
+    zero_centred_norm: bool = False  # Qwen3.5: norms multiply by 1 + scale
+    full_attention_interval: int = 1  # Qwen3.5: 4
+    delta_key_heads: int = 0
+    delta_value_heads: int = 0  # a multiple of delta_key_heads
+    delta_key_dim: int = 0  # per head
+    delta_value_dim: int = 0
+    delta_conv: int = 4  # tokens that the causal convolution sees
 
     def __post_init__(self):
         require_at_least(self, 1, "vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads", "head_dim")
         require(self.heads % self.kv_heads == 0, "kv_heads", f"{self.kv_heads} does not divide heads {self.heads}")
-        require(self.head_dim % 2 == 0, "head_dim", "must be even for rotary positions")
+        rotary = self.rotary_dim or self.head_dim
+        key = "rotary_dim" if self.rotary_dim else "head_dim"
+        require(rotary % 2 == 0, key, f"must be even for rotary positions, not {rotary}")
+        require(0 < rotary <= self.head_dim, "rotary_dim", f"{rotary} is not from 0 to head_dim {self.head_dim}")
+        require(
+            not self.mrope_sections or (len(self.mrope_sections) == 3 and sum(self.mrope_sections) == rotary // 2),
+            "mrope_sections",
+            f"{self.mrope_sections} are not three counts of {rotary // 2} frequencies together; or leave it empty",
+        )
+        self._check_delta()
+
+    def _check_delta(self):
+        interval = self.full_attention_interval
+        require_at_least(self, 1, "full_attention_interval")
+        if interval == 1:
+            return
+        require(
+            self.layers % interval == 0, "full_attention_interval", f"{interval} does not divide layers {self.layers}"
+        )
+        require_at_least(
+            self, 1, "delta_key_heads", "delta_value_heads", "delta_key_dim", "delta_value_dim", "delta_conv"
+        )
+        heads = self.delta_key_heads
+        divides = self.delta_value_heads % heads == 0
+        require(divides, "delta_value_heads", f"{self.delta_value_heads} is not a multiple of delta_key_heads {heads}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""MiniCPM-V 4.6 layout of transformers, with a Qwen3 decoder (LLaVA-UHD v4): names and sizes (spec v4 section 4)."""
+"""MiniCPM-V 4.6 layout of transformers, and LLaVA-UHD v4 in it: names and sizes (spec v4 section 4)."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from uhd_jax.config import (
     ChatConfig,
     CompressorConfig,
     ConnectorConfig,
-    DecoderConfig,
     ModelConfig,
     SlicingConfig,
     TowerConfig,
 )
-from uhd_jax.convert.tables import PATCH_CONVOLUTION, TRANSPOSE, ConvertError, Entry, dense, import_tensors, layer_norm
+from uhd_jax.convert.decoders import decoder_config, decoder_dropped, decoder_table
+from uhd_jax.convert.tables import PATCH_CONVOLUTION, ConvertError, Entry, dense, import_tensors, layer_norm
 
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 
@@ -66,26 +67,6 @@ def connector_table(config: ConnectorConfig, prefix: str) -> list[Entry]:
     return entries
 
 
-def decoder_table(config: DecoderConfig, prefix: str, head: str) -> list[Entry]:
-    """Llama, Qwen2 or Qwen3 under `prefix`; `head` is the full name of the output matrix."""
-    layer = f"{prefix}layers.{{L}}."
-    entries = [
-        Entry("decoder/embedding", f"{prefix}embed_tokens.weight"),
-        Entry("decoder/final_norm/scale", f"{prefix}norm.weight"),
-        Entry("decoder/layers/input_norm/scale", f"{layer}input_layernorm.weight"),
-        Entry("decoder/layers/post_attention_norm/scale", f"{layer}post_attention_layernorm.weight"),
-        *dense("decoder/layers/attention/out", f"{layer}self_attn.o_proj", bias=False),
-    ]
-    for ours, theirs in _ATTENTION.items():
-        entries += dense(f"decoder/layers/attention/{ours}", f"{layer}self_attn.{theirs}", bias=config.qkv_bias)
-    for name in ("gate", "up", "down"):
-        entries += dense(f"decoder/layers/mlp/{name}", f"{layer}mlp.{name}_proj", bias=False)
-    if config.qk_norm:
-        entries.append(Entry("decoder/layers/attention/query_norm/scale", f"{layer}self_attn.q_norm.weight"))
-        entries.append(Entry("decoder/layers/attention/key_norm/scale", f"{layer}self_attn.k_norm.weight"))
-    return entries if config.tied_head else [*entries, Entry("decoder/head", head, TRANSPOSE)]
-
-
 def table(config: ModelConfig) -> list[Entry]:
     """Every parameter of a MiniCPM-V 4.6 layout checkpoint."""
     entries = tower_table(config.tower, "model.vision_tower.")
@@ -108,32 +89,6 @@ def tower_config(vision: Mapping[str, Any]) -> TowerConfig:
     )
 
 
-def decoder_config(text: Mapping[str, Any]) -> DecoderConfig:
-    """DecoderConfig from a `text_config` of Llama, Qwen2 or Qwen3.
-
-    Raises:
-      ConvertError: another kind of text model.
-    """
-    kind = text["model_type"]
-    if kind not in ("llama", "qwen2", "qwen3"):
-        raise ConvertError(f"text_config.model_type: {kind!r} is none of llama, qwen2, qwen3")
-    rope = text.get("rope_parameters") or {"rope_theta": text.get("rope_theta", 10_000.0)}
-    return DecoderConfig(
-        vocab_size=text["vocab_size"],
-        width=text["hidden_size"],
-        mlp_width=text["intermediate_size"],
-        layers=text["num_hidden_layers"],
-        heads=text["num_attention_heads"],
-        kv_heads=text["num_key_value_heads"],
-        head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
-        rope_theta=float(rope["rope_theta"]),
-        norm_eps=text["rms_norm_eps"],
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
-        tied_head=text.get("tie_word_embeddings", False),
-    )
-
-
 def model_config(folder: Path) -> ModelConfig:
     """ModelConfig of a checkpoint folder, from its config.json and preprocessor_config.json.
 
@@ -150,9 +105,7 @@ def model_config(folder: Path) -> ModelConfig:
         tower=tower_config(config["vision_config"]),
         compressor=CompressorConfig(kind, max(config["insert_layer_id"], 0)),
         connector=ConnectorConfig(rounds=config["merger_times"]),
-        slicing=SlicingConfig(
-            scale_resolution=processor["scale_resolution"], max_slices=processor["max_slice_nums"]
-        ),
+        slicing=SlicingConfig(scale_resolution=processor["scale_resolution"], max_slices=processor["max_slice_nums"]),
         chat=ChatConfig(tokenizer=str(folder), use_image_id=processor["use_image_id"]),
         mode=config["downsample_mode"],
         dtype={"float32": "float32"}.get(config.get("dtype"), "bfloat16"),
@@ -181,8 +134,13 @@ def load_checkpoint(folder: str | Path, abstract_of: Any) -> tuple[ModelConfig, 
     for file in files:
         with safe_open(file, framework="np") as reader:
             tensors |= {name: reader.get_tensor(name) for name in reader.keys()}
-    tied = config.decoder.tied_head
-    params = import_tensors(table(config), tensors, abstract_of(config), lambda n: tied and n == "lm_head.weight")
+    patterns = [pattern for pattern, _ in decoder_dropped(config.decoder, "lm_head.weight")]
+    params = import_tensors(
+        table(config),
+        tensors,
+        abstract_of(config),
+        lambda name: any(re.fullmatch(pattern, name) for pattern in patterns),
+    )
     return config, params
 
 

@@ -45,6 +45,7 @@ class Entry:
     rule: Rule = SAME
     foreign_shape: tuple[int, ...] | None = None  # where theirs can't be told from ours (convolutions)
     part: tuple[int, int] | None = None  # (i, n): part i of n equal ones along theirs' first axis; all have entries
+    groups: int = 1  # with `part`: theirs is so many equal blocks (heads), each with n parts
     layers: tuple[int, ...] = ()  # what `{L}` stands for, one number per layer of ours; empty: 0, 1, 2, ..
 
     @property
@@ -61,7 +62,7 @@ class Entry:
     def shape(self, theirs: tuple[int, ...]) -> tuple[int, ...] | None:
         """Shape of ours, of a single layer, from the shape of theirs; None where that has no such part."""
         if self.part is not None:
-            if not theirs or theirs[0] % self.part[1]:
+            if not theirs or theirs[0] % (self.part[1] * self.groups):
                 return None
             theirs = (theirs[0] // self.part[1], *theirs[1:])
         return self.rule.shape(theirs)
@@ -69,7 +70,9 @@ class Entry:
     def forth(self, tensor: np.ndarray) -> np.ndarray:
         """Ours, of a single layer, from theirs."""
         if self.part is not None:
-            tensor = np.split(tensor, self.part[1])[self.part[0]]
+            index, count = self.part
+            blocks = tensor.reshape(self.groups, count, -1, *tensor.shape[1:])
+            tensor = blocks[:, index].reshape(-1, *tensor.shape[1:])
         return self.rule.forth(tensor)
 
 
@@ -181,7 +184,9 @@ def export_tensors(table: Iterable[Entry], params: Mapping[str, Any]) -> dict[st
             if entry.part is None:
                 tensors[name] = np.asarray(tensor, order="C")
             else:
-                cut.setdefault(name, [None] * entry.part[1])[entry.part[0]] = tensor
+                blocks = tensor.reshape(entry.groups, -1, *tensor.shape[1:])
+                cut.setdefault(name, [None] * entry.part[1])[entry.part[0]] = blocks
     if incomplete := sorted(name for name, parts in cut.items() if any(part is None for part in parts)):
         raise ConvertError("parts without a parameter in:\n  " + "\n  ".join(incomplete))
-    return tensors | {name: np.asarray(np.concatenate(parts), order="C") for name, parts in cut.items()}
+    joined = {name: np.concatenate(parts, axis=1) for name, parts in cut.items()}
+    return tensors | {name: np.asarray(t.reshape(-1, *t.shape[2:]), order="C") for name, t in joined.items()}
