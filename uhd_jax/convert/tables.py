@@ -2,13 +2,18 @@
 
 A table is a list of `Entry`. `{L}` in the foreign name stands for the layer index of a stacked parameter. Reading is
 strict in both directions: whatever is missing, unexpected or of another shape is listed, all of it, with both shapes.
+
+The work is in two steps, so that no more than one tensor need be in memory. `match` and `match_back` compare names and
+shapes alone and say what is to be moved; a `Move` makes one parameter of ours, a `MoveBack` one tensor of theirs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,7 +24,10 @@ class ConvertError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How one tensor changes; `back` undoes `forth`. Shapes are those of a single layer."""
+    """How one tensor changes; `back` undoes `forth`. Shapes are those of a single layer.
+
+    A rule only moves numbers about, in whatever dtype they are, and is best a view.
+    """
 
     forth: Callable[[np.ndarray], np.ndarray]
     back: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]  # (ours, shape of theirs)
@@ -117,17 +125,59 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def import_tensors(
+class Described(Protocol):
+    """What is known of a tensor without its data."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """One parameter of ours and where it comes from."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype  # of theirs; the widest where the layers differ
+    names: tuple[str, ...]  # one per layer, or one
+    entry: Entry
+
+    def layers(self, read: Callable[[str], np.ndarray]) -> Iterator[np.ndarray]:
+        """Ours layer by layer, or whole where it is not stacked, in their dtype; perhaps views in another order."""
+        return (self.entry.forth(read(name)) for name in self.names)
+
+    def blocks(
+        self, read: Callable[[str], np.ndarray], dtype: Any = None, limit: int = 2**25
+    ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """Ours in pieces of `block_shape`, each with its place; only one tensor of theirs is held at a time."""
+        rows = self.block_shape(dtype, limit)[1 if self.entry.stacked else 0 :][:1]
+        for number, layer in enumerate(self.layers(read)):
+            lead = (slice(number, number + 1),) if self.entry.stacked else ()
+            for start in range(0, layer.shape[0], rows[0]) if rows else (0,):
+                place = (slice(start, min(start + rows[0], layer.shape[0])),) if rows else ()
+                block = contiguous(layer[place]).astype(dtype or self.dtype, copy=False)
+                yield lead + place, block.reshape((1,) * len(lead) + block.shape)
+
+    def block_shape(self, dtype: Any = None, limit: int = 2**25) -> tuple[int, ...]:
+        """One layer of ours, and of that as many rows as go into `limit` bytes, evenly."""
+        single = self.shape[1:] if self.entry.stacked else self.shape
+        if single:
+            nbytes = math.prod(single) * np.dtype(dtype or self.dtype).itemsize
+            single = (max(1, -(-single[0] // max(1, -(-nbytes // limit)))), *single[1:])
+        return (1, *single) if self.entry.stacked else single
+
+
+def match(
     table: Iterable[Entry],
-    tensors: Mapping[str, np.ndarray],
+    infos: Mapping[str, Described],
     abstract: Mapping[str, Any],
     dropped: Callable[[str], bool] = lambda name: False,
-) -> dict[str, Any]:
-    """A foreign state dict as our parameter tree, in float32.
+) -> list[Move]:
+    """What is to be moved so that our whole tree is filled and all of theirs is used.
 
     Args:
       table: the family's entries.
-      tensors: foreign name -> array.
+      infos: foreign name -> anything with a shape and a dtype.
       abstract: our tree of shapes (`jax.eval_shape` of the initialiser).
       dropped: foreign names left out on purpose.
 
@@ -135,7 +185,7 @@ def import_tensors(
       ConvertError: lists every missing, unexpected and misshaped tensor.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(abstract).items()}
-    problems, flat, used, unused = [], {}, set(), {}
+    problems, moves, used, unused = [], [], set(), {}
     entries = {entry.ours: entry for entry in table}
     for path, shape in shapes.items():
         if path not in entries:
@@ -147,46 +197,122 @@ def import_tensors(
         used.update(names)
         for name in names if entry.part else ():
             unused.setdefault(name, set(range(entry.part[1]))).discard(entry.part[0])
-        parts = []
+        found = []
         for name in names:
-            if name not in tensors:
+            if name not in infos:
                 problems.append(f"missing {name} (for {path} {single})")
-            elif entry.shape(tuple(tensors[name].shape)) != single:
-                problems.append(f"{name} has shape {tuple(tensors[name].shape)}, which does not give {path} {single}")
+            elif entry.shape(tuple(infos[name].shape)) != single:
+                problems.append(f"{name} has shape {tuple(infos[name].shape)}, which does not give {path} {single}")
+            elif np.dtype(infos[name].dtype).kind in "iub":
+                problems.append(f"{name} has dtype {np.dtype(infos[name].dtype)}: {path} needs floating point")
             else:
-                parts.append(entry.forth(np.asarray(tensors[name], np.float32)))
-        if len(parts) == len(names):
-            flat[path] = np.stack(parts) if entry.stacked else np.asarray(parts[0], order="C")
-    left = [name for name in tensors if name not in used and not dropped(name)]
-    problems += [f"unexpected {name} {tuple(tensors[name].shape)}" for name in left]
+                found.append(np.dtype(infos[name].dtype))
+        if found and len(found) == len(names):
+            moves.append(Move(path, shape, functools.reduce(np.promote_types, found), tuple(names), entry))
+    left = [name for name in infos if name not in used and not dropped(name)]
+    problems += [f"unexpected {name} {tuple(infos[name].shape)}" for name in left]
     problems += [f"the model does not use part {i} of {name}" for name, parts in unused.items() for i in sorted(parts)]
     if problems:
         raise ConvertError("the checkpoint does not fit the model:\n  " + "\n  ".join(problems))
-    return unflatten(flat)
+    return moves
 
 
-def export_tensors(table: Iterable[Entry], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our parameter tree as a foreign state dict; every parameter must have an entry.
+def load(move: Move, read: Callable[[str], np.ndarray], dtype: Any = None) -> np.ndarray:
+    """One parameter of ours, whole: an array of `move.shape`.
+
+    Args:
+      move: from `match`.
+      read: foreign name -> array, e.g. `Source.read`.
+      dtype: of the result; None for theirs.
+    """
+    result = np.empty(move.shape, dtype or move.dtype)
+    for place, block in move.blocks(read, dtype):
+        result[place] = block
+    return result
+
+
+def import_tensors(
+    table: Iterable[Entry],
+    tensors: Mapping[str, np.ndarray],
+    abstract: Mapping[str, Any],
+    dropped: Callable[[str], bool] = lambda name: False,
+) -> dict[str, Any]:
+    """A foreign state dict as our parameter tree, in float32. Arguments and errors as in `match`."""
+    tensors = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    moves = match(table, tensors, abstract, dropped)
+    return unflatten({move.path: load(move, tensors.__getitem__, np.float32) for move in moves})
+
+
+@dataclasses.dataclass(frozen=True)
+class MoveBack:
+    """One tensor of theirs and where it comes from."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype  # of ours
+    entries: tuple[Entry, ...]  # one, or one per part
+    layer: int | None  # of ours; None where ours is not stacked
+
+    def make(self, read: Callable[[str], np.ndarray]) -> np.ndarray:
+        """The tensor, in the dtype of ours and C order; `read` gives a whole parameter of ours from its path."""
+        made = []
+        for entry in self.entries:
+            value = read(entry.ours)
+            made.append(entry.rule.back(value if self.layer is None else value[self.layer], entry.foreign_shape))
+        return contiguous(made[0] if len(made) == 1 else np.concatenate(made))
+
+
+def match_back(table: Iterable[Entry], infos: Mapping[str, Described]) -> list[MoveBack]:
+    """Every tensor of theirs that our parameters make; a stack's tensors come one after the other.
+
+    Args:
+      table: the family's entries.
+      infos: our path -> anything with a shape and a dtype; every parameter must have an entry.
 
     Raises:
       ConvertError: lists parameters without an entry, and tensors of which a part is missing.
     """
     entries = {entry.ours: entry for entry in table}
-    flat = flatten(params)
-    if missing := sorted(set(flat) - set(entries)):
+    if missing := sorted(set(infos) - set(entries)):
         raise ConvertError("no entry in the table for:\n  " + "\n  ".join(missing))
-    tensors, cut = {}, {}
-    for path, value in flat.items():
-        entry, value = entries[path], np.asarray(value)
-        layers = value if entry.stacked else [value]
-        for name, layer in zip(entry.names(len(value) if entry.stacked else 1), layers, strict=True):
-            tensor = entry.rule.back(layer, entry.foreign_shape)
-            if entry.part is None:
-                tensors[name] = np.asarray(tensor, order="C")
-            else:
-                blocks = tensor.reshape(entry.groups, -1, *tensor.shape[1:])
-                cut.setdefault(name, [None] * entry.part[1])[entry.part[0]] = blocks
-    if incomplete := sorted(name for name, parts in cut.items() if any(part is None for part in parts)):
-        raise ConvertError("parts without a parameter in:\n  " + "\n  ".join(incomplete))
-    joined = {name: np.concatenate(parts, axis=1) for name, parts in cut.items()}
-    return tensors | {name: np.asarray(t.reshape(-1, *t.shape[2:]), order="C") for name, t in joined.items()}
+    found: dict[str, dict[int, tuple[Entry, int | None]]] = {}
+    for path, info in infos.items():
+        entry = entries[path]
+        names = entry.names(info.shape[0] if entry.stacked else 1)
+        if entry.stacked and len(names) != info.shape[0]:
+            raise ConvertError(f"{path} has {info.shape[0]} layers, the table names {len(names)}")
+        for layer, name in enumerate(names):
+            parts = found.setdefault(name, {})
+            parts[entry.part[0] if entry.part else 0] = entry, layer if entry.stacked else None
+    moves, incomplete = [], []
+    for name, parts in found.items():
+        ordered = [parts[index] for index in sorted(parts)]
+        entry, layer = ordered[0]
+        if entry.part and len(parts) != entry.part[1]:
+            incomplete.append(name)
+            continue
+        ours = infos[entry.ours]
+        single = tuple(ours.shape) if layer is None else tuple(ours.shape[1:])
+        # What a rule does to the shape, it does to an array without memory of its own.
+        shape = entry.rule.back(np.broadcast_to(np.int8(0), single), entry.foreign_shape).shape
+        shape = (shape[0] * len(parts), *shape[1:]) if entry.part else shape
+        moves.append(MoveBack(name, shape, np.dtype(ours.dtype), tuple(entry for entry, _ in ordered), layer))
+    if incomplete:
+        raise ConvertError("parts without a parameter in:\n  " + "\n  ".join(sorted(incomplete)))
+    return moves
+
+
+def export_tensors(table: Iterable[Entry], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Our parameter tree as a foreign state dict; every parameter must have an entry. Errors as in `match_back`."""
+    flat = {path: np.asarray(value) for path, value in flatten(params).items()}
+    return {move.name: move.make(flat.__getitem__) for move in match_back(table, flat)}
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array in C order; itself if it is. Several times faster than NumPy on a transposed matrix."""
+    if array.ndim != 2 or array.flags.c_contiguous or array.strides[0] > array.strides[1]:
+        return np.asarray(array, order="C")
+    result = np.empty(array.shape, array.dtype)
+    for start in range(0, array.shape[1], 16):  # of which the source's lines stay in the cache
+        result[:, start : start + 16] = array[:, start : start + 16]
+    return result
