@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from uhd_jax.convert.decoder_families import DECODER_FAMILIES
 from uhd_jax.convert.family import Dropped, Family, drops, select, settings
+from uhd_jax.convert.llava_uhd import LLAVA_FAMILIES
+from uhd_jax.convert.research import RESEARCH
 from uhd_jax.convert.tables import ConvertError
 from uhd_jax.convert.towers import TOWER_FAMILIES
+from uhd_jax.convert.vdim import VDIM
 
 if TYPE_CHECKING:
     from uhd_jax.convert.source import Source
 
 __all__ = ["FAMILIES", "Dropped", "Family", "drops", "family_named", "find_family", "select"]
 
-FAMILIES: tuple[Family, ...] = TOWER_FAMILIES
+FAMILIES: tuple[Family, ...] = (*LLAVA_FAMILIES, RESEARCH, VDIM, *TOWER_FAMILIES, *DECODER_FAMILIES)
 
 
 def find_family(source: Source) -> Family:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from uhd_jax.config import ConnectorConfig
-from uhd_jax.convert.llava_uhd import attention_table
+from uhd_jax.convert.resampler import attention_table
 from uhd_jax.convert.tables import Entry, Rule, dense, layer_norm
 from uhd_jax.convert.vdim import upsampler_table
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from uhd_jax.config import CompressorConfig, ConnectorConfig, ModelConfig, TowerConfig
 from uhd_jax.convert import minicpmv
 from uhd_jax.convert.family import NO_DECODER, Dropped, Family, field, settings
+from uhd_jax.convert.files import write_json
 from uhd_jax.convert.tables import PATCH_CONVOLUTION, ConvertError, Entry, Rule, dense, joined_dense, layer_norm
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "siglip2": _COMMON
     | {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_patches": 256},
 }
-_BUFFER = Dropped(r"(.*\.)?embeddings\.position_ids", "a constant: the numbers from 0 up")
+BUFFER = Dropped(r"(.*\.)?embeddings\.position_ids", "a constant: the numbers from 0 up")
 
 
 def clip_tower_table(config: TowerConfig, prefix: str) -> list[Entry]:
@@ -46,6 +46,27 @@ def clip_tower_table(config: TowerConfig, prefix: str) -> list[Entry]:
         Entry("tower/class_token", f"{prefix}embeddings.class_embedding"),
         *layer_norm("tower/pre_norm", f"{prefix}pre_layrnorm"),
     ]
+
+
+def clip_shapes(config: TowerConfig, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of CLIP's vision model under `prefix`."""
+    width, mlp = (config.width,), (config.mlp_width,)
+    norms = [f"{prefix}{name}" for name in ("pre_layrnorm", "post_layernorm")]
+    linears = {}
+    for number in range(config.layers):
+        layer = f"{prefix}encoder.layers.{number}."
+        norms += [f"{layer}layer_norm1", f"{layer}layer_norm2"]
+        linears |= {f"{layer}self_attn.{name}_proj": width + width for name in ("q", "k", "v", "out")}
+        linears |= {f"{layer}mlp.fc1": mlp + width, f"{layer}mlp.fc2": width + mlp}
+    shapes = {
+        f"{prefix}embeddings.class_embedding": width,
+        f"{prefix}embeddings.patch_embedding.weight": (*width, 3, config.patch_size, config.patch_size),
+        f"{prefix}embeddings.position_embedding.weight": (1 + config.table_side**2, *width),
+    }
+    shapes |= {f"{name}.{part}": width for name in norms for part in ("weight", "bias")}
+    for name, shape in linears.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
 
 
 def naflex_tower_table(config: TowerConfig, prefix: str) -> list[Entry]:
@@ -117,7 +138,7 @@ def _transformers_config(kind: str, source: Source) -> ModelConfig:
         side = round(vision["num_patches"] ** 0.5)
         if side * side != vision["num_patches"]:
             raise ConvertError(
-                f"{source.folder / 'config.json'}: num_patches {vision['num_patches']} is not the size of a square table"
+                f"{source.folder / 'config.json'}: num_patches {vision['num_patches']} is no square number"
             )
         tower = dataclasses.replace(tower, table_side=side)
     return tower_alone(tower)
@@ -172,16 +193,11 @@ def _write(kind: str, config: ModelConfig, tokenizer: Path | None, folder: Path)
     write_json(folder / "config.json", fields | {"torch_dtype": config.dtype})
 
 
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Writes one of the JSON files of a checkpoint."""
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
 def _family(kind: str, table: Any, prefix: str, name: str, export: bool) -> Family:
     """CLIP, SigLIP or SigLIP 2, of whose layouts transformers has two: 4 writes the prefix, 5 no longer does."""
 
     dropped = (
-        _BUFFER,
+        BUFFER,
         Dropped(r"text_model\..*", "the text tower"),
         Dropped(r"(visual|text)_projection\.weight|logit_(scale|bias)", "of the contrast of images with texts"),
         Dropped(re.escape(prefix) + r"head\..*", "the pooling head: features are taken before it"),

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from uhd_jax.config import CompressorConfig, ConnectorConfig, ModelConfig, PyramidConfig, TowerConfig
+from uhd_jax.convert.family import NO_DECODER, Dropped, Family, shape_of
 from uhd_jax.convert.tables import Entry, Rule
+
+if TYPE_CHECKING:
+    from uhd_jax.convert.source import Source
 
 # torch convolution of one cell [out, in, 1, 1] <-> matmul kernel [in, out]
 CELL_CONVOLUTION = Rule(lambda a: a[:, :, 0, 0].T, lambda a, _: a.T[:, :, None, None], lambda s: (s[1], s[0]))
@@ -28,3 +35,35 @@ def upsampler_table(prefix: str) -> list[Entry]:
             entries += cell_convolution(f"{ours}/range_{number}", f"{theirs}.range_proj.{place}")
             entries += cell_convolution(f"{ours}/kernel_{number}", f"{theirs}.fixup_proj.{place}")
     return entries
+
+
+def _recognise(source: Source) -> bool:
+    return {"upsampler.up1.range_temp", "upsampler.fixup_proj.1.weight"} <= set(source.tensors)
+
+
+def _config(source: Source) -> ModelConfig:
+    """A file of the pre-training has no config: levels and width are in the tensors."""
+    top = max(level for level in (1, 2, 3) if f"upsampler.up{level}.range_temp" in source.tensors)
+    width = shape_of(source, "upsampler.fixup_proj.1.weight")[0]
+    return ModelConfig(
+        decoder=NO_DECODER,
+        tower=TowerConfig(kind="clip", width=width, mlp_width=1, layers=1, heads=1, table_side=1),
+        compressor=CompressorConfig("none"),
+        connector=ConnectorConfig("hiwin", pyramid=PyramidConfig(2 ** (top + 1) - 1)),
+    )
+
+
+VDIM = Family(
+    name="vdim",
+    parts=("connector/upsampler",),
+    recognise=_recognise,
+    config=_config,
+    table=lambda config: upsampler_table("upsampler."),
+    dropped=lambda config: (
+        Dropped(r"downsampler.*", "the down-samplers: only the pre-training's loss has them"),
+        Dropped(r"scale_net.*", "the loss's own estimate of its uncertainty"),
+        Dropped(r"(validation_)?model\..*", "the frozen CLIP that the features came from"),
+        Dropped(r"linear_(acc|iou)(\..*)?", "figures of the pre-training's log"),
+    ),
+    write_files=lambda config, tokenizer, folder: None,  # the original has nothing but the tensors
+)
