@@ -23,6 +23,7 @@ from uhd_jax.config.model import (
     PyramidConfig,
     SlicingConfig,
     TowerConfig,
+    VideoConfig,
 )
 from uhd_jax.config.run import (
     PARTS,
@@ -62,6 +63,7 @@ __all__ = [
     "StageConfig",
     "TowerConfig",
     "TrainConfig",
+    "VideoConfig",
     "from_config_dict",
     "to_dict",
 ]

@@ -69,6 +69,18 @@ class SlicingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VideoConfig:
+    """How a video becomes pictures, each of which is sliced like an image (spec: v4 section 5)."""
+
+    max_frames: int = 128  # one a second; of longer videos so many, evenly spread
+    stack_frames: int = 1  # frames of each second: the first by itself, the others together on one canvas
+    max_slices: int = 9  # of a picture
+
+    def __post_init__(self):
+        require_at_least(self, 1, "max_frames", "stack_frames", "max_slices")
+
+
+@dataclasses.dataclass(frozen=True)
 class TowerConfig:
     """SigLIP 2 so400m in NaViT form by default (spec: v4 section 2.1; clip: v1-v2 section 2; moonvit: moonvit.md)."""
 
@@ -255,6 +267,7 @@ class ChatConfig:
     bos: str = ""  # mark that opens every sample, e.g. "<s>"
     tokenizer: str = "bytes"  # "bytes" (built in), or a path to a tokenizer.json or its folder
     placeholder: str = "<|image_pad|>"
+    video_placeholder: str = "<|video_pad|>"  # looked up only where there is a video
     image_start: str = "<image>"
     image_end: str = "</image>"
     slice_start: str = "<slice>"
@@ -268,6 +281,8 @@ class ChatConfig:
     use_image_id: bool = True
     system: str = ""
     empty_think: bool = False  # an empty, untrained think block opens the last answer (MiniCPM-V Instruct)
+    open_think: bool = False  # an answer that is to think begins with "<think>", which the model does not write itself
+    stop: tuple[str, ...] = ()  # marks besides turn_end and padding that end an answer
 
     def __post_init__(self):
         count = len(self.separator_ids)
@@ -283,6 +298,7 @@ class ModelConfig:
     compressor: CompressorConfig = CompressorConfig()
     connector: ConnectorConfig = ConnectorConfig()
     slicing: SlicingConfig = SlicingConfig()
+    video: VideoConfig = VideoConfig()
     chat: ChatConfig = ChatConfig()
     mode: Literal[MODES] = "16x"  # 4x skips the compressor; the weights serve both
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; parameters stay float32
