@@ -1,10 +1,14 @@
-"""One decoder for Llama/Vicuna, Qwen2 and Qwen3: pre-norm, grouped-query attention, rotary positions, SwiGLU.
+"""One decoder for Llama/Vicuna, Qwen2, Qwen3 and Qwen3.5: pre-norm, grouped-query attention, rotary positions, SwiGLU.
 
-Dimension letters: B rows, T tokens, S cache length, D width, N heads, K kv heads, H head dim, V vocab, L layers.
+Qwen3.5 is a hybrid: its layers come in groups of some gated delta layers and one full-attention layer behind them.
+
+Dimension letters: B rows, T tokens, S cache length, D width, N heads, K kv heads, H head dim, V vocab, L full-attention
+layers, G gated delta layers.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,10 +17,15 @@ import jax.numpy as jnp
 
 from uhd_jax.config import DecoderConfig
 from uhd_jax.models import layers
+from uhd_jax.models.gated_delta import DeltaCache, GatedDelta
 from uhd_jax.ops.attention import attention
 from uhd_jax.ops.rope import apply_rope, rope_angles
 
 KeyValues = dict[str, jax.Array]  # "key", "value": float[.., S, K, H]
+
+# What decoding token by token goes on from: "key", "value" float[L, B, S, K, H]; of a hybrid also what its gated delta
+# layers keep, "conv" float[G, B, W - 1, C] and "state" float32[G, B, value heads, key dim, value dim].
+Cache = dict[str, jax.Array]
 
 
 class DecoderLayer(nn.Module):
@@ -43,15 +52,39 @@ class DecoderLayer(nn.Module):
         """
         cfg = self.config
         attended, keys_values = DecoderAttention(cfg, self.dtype, name="attention")(
-            layers.RMSNorm(cfg.norm_eps, self.dtype, name="input_norm")(x), angles, mask, cache, index
+            _norm(cfg, self.dtype, "input_norm")(x), angles, mask, cache, index
         )
         x = x + attended
-        normed = layers.RMSNorm(cfg.norm_eps, self.dtype, name="post_attention_norm")(x)
+        normed = _norm(cfg, self.dtype, "post_attention_norm")(x)
         return x + GatedMlp(cfg.mlp_width, self.dtype, name="mlp")(normed), keys_values
 
 
+class DeltaLayer(nn.Module):
+    """The same with a gated delta net in the place of attention."""
+
+    config: DecoderConfig
+    dtype: layers.Dtype
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, segments: jax.Array, cache: DeltaCache | None = None
+    ) -> tuple[jax.Array, DeltaCache]:
+        """float[B, T, D] -> float[B, T, D], and the cache; see GatedDelta."""
+        cfg = self.config
+        normed = _norm(cfg, self.dtype, "input_norm")(x)
+        mixed, cache = GatedDelta(cfg, self.dtype, name="delta")(normed, segments, cache)
+        x = x + mixed
+        normed = _norm(cfg, self.dtype, "post_attention_norm")(x)
+        return x + GatedMlp(cfg.mlp_width, self.dtype, name="mlp")(normed), cache
+
+
+def _norm(config: DecoderConfig, dtype: layers.Dtype, name: str | None) -> layers.RMSNorm:
+    return layers.RMSNorm(config.norm_eps, dtype, config.zero_centred_norm, name=name)
+
+
 class DecoderAttention(nn.Module):
-    """Grouped-query attention; Qwen3 normalises each head's query and key before rotating them."""
+    """Grouped-query attention; Qwen3 normalises each head's query and key before rotating them, Qwen3.5 gates what
+    comes out by the sigmoid of one more projection."""
 
     config: DecoderConfig
     dtype: layers.Dtype
@@ -67,13 +100,15 @@ class DecoderAttention(nn.Module):
 
         query, key, value = project("query", cfg.heads), project("key", cfg.kv_heads), project("value", cfg.kv_heads)
         if cfg.qk_norm:
-            query = layers.RMSNorm(cfg.norm_eps, self.dtype, name="query_norm")(query)
-            key = layers.RMSNorm(cfg.norm_eps, self.dtype, name="key_norm")(key)
+            query = _norm(cfg, self.dtype, "query_norm")(query)
+            key = _norm(cfg, self.dtype, "key_norm")(key)
         keys_values = {"key": apply_rope(key, angles), "value": value}
         if cache is not None:
             rows = jnp.arange(x.shape[0])
             keys_values = {name: cache[name].at[rows, index].set(new[:, 0]) for name, new in keys_values.items()}
         out = attention(apply_rope(query, angles), keys_values["key"], keys_values["value"], mask)
+        if cfg.gated_attention:
+            out = out * nn.sigmoid(project("gate", cfg.heads))
         return layers.dense(cfg.width, self.dtype, "out", bias=False)(out.reshape(*x.shape[:2], -1)), keys_values
 
 
@@ -108,10 +143,16 @@ class Decoder(nn.Module):
             self.head = self.param("head", normal, (cfg.width, cfg.vocab_size), jnp.float32)
         self.layer = DecoderLayer(cfg, self.dtype, parent=None)
         x = jnp.zeros((1, 1, cfg.width), self.dtype)
-        angles = (jnp.zeros((1, 1, cfg.head_dim // 2)),) * 2
+        angles = (jnp.zeros((1, 1, (cfg.rotary_dim or cfg.head_dim) // 2)),) * 2
         mask = jnp.ones((1, 1, 1, 1), bool)
-        self.layers = self.param("layers", layers.stack_init(self.layer, cfg.layers, x, angles, mask))
-        self.final_norm = layers.RMSNorm(cfg.norm_eps, self.dtype)
+        groups = cfg.layers // cfg.full_attention_interval
+        self.layers = self.param("layers", layers.stack_init(self.layer, groups, x, angles, mask))
+        if cfg.layers > groups:
+            self.delta_layer = DeltaLayer(cfg, self.dtype, parent=None)
+            segments = jnp.ones((1, 1), jnp.int32)
+            start = layers.stack_init(self.delta_layer, cfg.layers - groups, x, segments)
+            self.delta_layers = self.param("delta_layers", start)
+        self.final_norm = _norm(cfg, self.dtype, None)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32[B, T] -> float[B, T, D]."""
@@ -126,30 +167,59 @@ class Decoder(nn.Module):
         x: jax.Array,
         positions: jax.Array,
         mask: jax.Array,
-        cache: KeyValues | None = None,
+        segments: jax.Array | None = None,
+        cache: Cache | None = None,
         index: jax.Array | None = None,
         keep: bool = False,
-    ) -> tuple[jax.Array, KeyValues | None]:
+    ) -> tuple[jax.Array, Cache | None]:
         """Runs all layers and the final norm.
 
         Args:
           x: float[B, T, D] embeddings with visual tokens in place.
-          positions: int32[B, T].
+          positions: int32[B, T]; with the config's `mrope_sections` also int32[3, B, T].
           mask: bool[B, 1, T, S].
-          cache: keys and values float[L, B, S, K, H] when decoding token by token.
+          segments: int32[B, T], number of the sample, 0 is padding; None where each row is one sample. For gated delta
+            layers, which do not see the mask.
+          cache: what a call returned, when decoding token by token; T is then 1.
           index: int32[B] position in the cache of the new token, with `cache`.
-          keep: return all layers' keys and values (always done with `cache`), to start a cache from.
+          keep: return a cache (always done with `cache`), whose S is T, to start decoding from.
 
         Returns:
-          float[B, T, D], and keys and values [L, B, S, K, H] or None.
+          float[B, T, D], and the cache or None.
         """
-        angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        cfg = self.config
+        angles = rope_angles(positions, cfg.rotary_dim or cfg.head_dim, cfg.rope_theta, cfg.mrope_sections)
+        segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
         keep = keep or cache is not None
 
-        def step(x, inputs):
+        def attend(x, inputs):
             params, layer_cache = inputs
-            x, keys_values = self.layer.apply({"params": params}, x, angles, mask, layer_cache, index)
-            return x, keys_values if keep else None
+            x, kept = self.layer.apply({"params": params}, x, angles, mask, layer_cache, index)
+            return x, kept if keep else None
 
-        x, keys_values = layers.run_stack(step, x, (self.layers, cache), scan=self.scan, remat=self.remat)
-        return self.final_norm(x), keys_values
+        def delta(x, inputs):
+            params, layer_cache = inputs
+            x, kept = self.delta_layer.apply({"params": params}, x, segments, layer_cache)
+            return x, kept if keep else None
+
+        run = functools.partial(layers.run_stack, scan=self.scan, remat=self.remat)
+        keys_values = None if cache is None else {name: cache[name] for name in ("key", "value")}
+        full = self.layers, keys_values
+        if cfg.full_attention_interval == 1:
+            x, kept = run(attend, x, full)
+            return self.final_norm(x), kept
+
+        def group(x, inputs):
+            x, of_delta = run(delta, x, inputs[0])
+            x, of_full = run(attend, x, jax.tree.map(lambda leaf: leaf[None], inputs[1]))
+            return x, (of_delta, jax.tree.map(lambda leaf: leaf[0], of_full))
+
+        states = None if cache is None else {name: cache[name] for name in ("conv", "state")}
+        deltas = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, cfg.full_attention_interval - 1, *leaf.shape[1:]), (self.delta_layers, states)
+        )
+        x, (states, keys_values) = layers.run_stack(group, x, (deltas, full), scan=self.scan, remat="none")
+        x = self.final_norm(x)
+        if not keep:
+            return x, None
+        return x, keys_values | {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in states.items()}

@@ -49,15 +49,17 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm computed in float32, returned in `dtype`."""
+    """Root-mean-square norm computed in float32, returned in `dtype`; zero-centred ones multiply by 1 + scale."""
 
     eps: float
     dtype: Dtype
+    zero_centred: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """float[..., D] -> float[..., D]."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        start = nn.initializers.zeros if self.zero_centred else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],), jnp.float32) + float(self.zero_centred)
         x = x.astype(jnp.float32)
         rms = jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         return (x / rms * scale).astype(self.dtype)

@@ -18,7 +18,7 @@ from uhd_jax.batch import Batch
 from uhd_jax.config import ModelConfig, TowerConfig
 from uhd_jax.models.clip import ClipTower
 from uhd_jax.models.compressor import reuse_init
-from uhd_jax.models.decoder import Decoder, KeyValues
+from uhd_jax.models.decoder import Cache, Decoder
 from uhd_jax.models.hiwin import Hiwin
 from uhd_jax.models.merger import MergingMlp
 from uhd_jax.models.projector import BilinearMlp, PlainMlp
@@ -136,7 +136,7 @@ def hidden_states(params: Params, batch: Batch, config: ModelConfig, mode: str |
     """float[B, T, D]: the decoder's output before the head."""
     x = embed(params, batch, config, mode)
     mask = packed_causal_mask(batch.segments)
-    return decoder(config).apply({"params": params["decoder"]}, x, batch.positions, mask)[0]
+    return decoder(config).apply({"params": params["decoder"]}, x, batch.positions, mask, batch.segments)[0]
 
 
 def head_kernel(params: Params, config: ModelConfig) -> jax.Array:
@@ -172,7 +172,7 @@ def loss_sums(
 @functools.partial(jax.jit, static_argnames=("config", "cache_length", "mode"))
 def prefill(
     params: Params, batch: Batch, config: ModelConfig, cache_length: int, mode: str | None = None
-) -> tuple[jax.Array, KeyValues]:
+) -> tuple[jax.Array, Cache]:
     """Reads prompts, one per row from its left end, and starts the cache.
 
     Args:
@@ -183,30 +183,31 @@ def prefill(
       mode: "16x" or "4x"; None for the config's.
 
     Returns:
-      float32[B, V] logits after each prompt's last token, and the cache float[L, B, S, K, H].
+      float32[B, V] logits after each prompt's last token, and the cache (`models.decoder.Cache`).
     """
     x = embed(params, batch, config, mode)
-    hidden, keys_values = decoder(config).apply(
-        {"params": params["decoder"]}, x, batch.positions, packed_causal_mask(batch.segments), keep=True
+    mask = packed_causal_mask(batch.segments)
+    hidden, cache = decoder(config).apply(
+        {"params": params["decoder"]}, x, batch.positions, mask, batch.segments, keep=True
     )
     lengths = jnp.sum(batch.segments > 0, axis=1)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     room = cache_length - batch.tokens.shape[1]
-    cache = jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]), keys_values)
+    cache |= {name: jnp.pad(cache[name], [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]) for name in ("key", "value")}
     return _project(last, params, config)[:, 0], cache
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
 def decode_step(
-    params: Params, tokens: jax.Array, index: jax.Array, cache: KeyValues, config: ModelConfig
-) -> tuple[jax.Array, KeyValues]:
+    params: Params, tokens: jax.Array, index: jax.Array, cache: Cache, config: ModelConfig
+) -> tuple[jax.Array, Cache]:
     """One token per row.
 
     Args:
       params: the model's parameters.
       tokens: int32[B], the token just chosen in each row.
       index: int32[B], its position, which is also its place in the cache; prompt padding that lay there is overwritten.
-      cache: float[L, B, S, K, H]; donated.
+      cache: of `prefill` or the step before; donated.
       config: the model.
 
     Returns:
@@ -216,5 +217,5 @@ def decode_step(
     x = module.apply({"params": params["decoder"]}, tokens[:, None], method="embed")
     slots = jnp.arange(cache["key"].shape[2])
     mask = (slots[None] <= index[:, None])[:, None, None, :]
-    hidden, cache = module.apply({"params": params["decoder"]}, x, index[:, None], mask, cache, index)
+    hidden, cache = module.apply({"params": params["decoder"]}, x, index[:, None], mask, cache=cache, index=index)
     return _project(hidden, params, config)[:, 0], cache

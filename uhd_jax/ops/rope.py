@@ -6,18 +6,37 @@ import jax
 import jax.numpy as jnp
 
 
-def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin, float32[B, T, H/2], of positions int[B, T] times theta**(-2i/H)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+def rope_angles(
+    positions: jax.Array, rotary_dim: int, theta: float, sections: tuple[int, ...] = ()
+) -> tuple[jax.Array, jax.Array]:
+    """Angles of positions times theta**(-2i/R), for `apply_rope`.
+
+    Args:
+      positions: int32[B, T], or int32[3, B, T]: temporal, row and column position (spec v4 section 4.4).
+      rotary_dim: R, how many values of a head are rotated.
+      theta: base of the frequencies.
+      sections: for positions on three axes, how many of the R/2 frequencies each axis has, in turn as long as it has
+        any left: frequency i belongs to axis i mod 3, the surplus to the temporal one.
+
+    Returns:
+      cos and sin, float32[B, T, R/2].
+    """
+    frequencies = theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
     angles = positions[..., None].astype(jnp.float32) * frequencies
+    if positions.ndim == 3:
+        index = jnp.arange(len(frequencies))
+        temporal, rows, cols = angles
+        angles = jnp.where((index % 3 == 1) & (index < 3 * sections[1]), rows, temporal)
+        angles = jnp.where((index % 3 == 2) & (index < 3 * sections[2]), cols, angles)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates float[B, T, N, H]; dimension i pairs with i + H/2. Computed in float32, returned in x's dtype."""
+    """Rotates the first R values of float[B, T, N, H]; i pairs with i + R/2. In float32, returned in x's dtype."""
     cos, sin = (a[:, :, None, :] for a in angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
 
 
 def rope_angles_2d(rows: jax.Array, cols: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
