@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from uhd_jax.config import ChatConfig, CompressorConfig, ConnectorConfig, DecoderConfig, ModelConfig, TowerConfig
 from uhd_jax.convert.decoders import decoder_config, decoder_dropped, decoder_table, text_config
-from uhd_jax.convert.family import Dropped, Family, settings
+from uhd_jax.convert.family import Dropped, Family, dtype_of, settings
 from uhd_jax.convert.files import token_ids, write_json, write_tokenizer
 from uhd_jax.convert.tables import ConvertError
 
@@ -42,11 +42,6 @@ def config_of(source: Source, text: Mapping[str, Any]) -> DecoderConfig:
 def text_dropped(config: DecoderConfig, head: str) -> tuple[Dropped, ...]:
     """`decoders.decoder_dropped` as `Dropped`."""
     return tuple(Dropped(pattern, reason) for pattern, reason in decoder_dropped(config, head))
-
-
-def dtype_of(config: Mapping[str, Any]) -> str:
-    """In what to compute: float32 for a checkpoint that says so, else bfloat16."""
-    return "float32" if (config.get("torch_dtype") or config.get("dtype")) == "float32" else "bfloat16"
 
 
 def _config(source: Source) -> ModelConfig:

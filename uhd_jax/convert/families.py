@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from uhd_jax.convert.decoder_families import DECODER_FAMILIES
 from uhd_jax.convert.family import Dropped, Family, drops, select, settings
 from uhd_jax.convert.llava_uhd import LLAVA_FAMILIES
+from uhd_jax.convert.minicpmv46 import MINICPM_V_4_6
 from uhd_jax.convert.research import RESEARCH
 from uhd_jax.convert.tables import ConvertError
 from uhd_jax.convert.towers import TOWER_FAMILIES
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "Dropped", "Family", "drops", "family_named", "find_family", "select"]
 
-FAMILIES: tuple[Family, ...] = (*LLAVA_FAMILIES, RESEARCH, VDIM, *TOWER_FAMILIES, *DECODER_FAMILIES)
+FAMILIES: tuple[Family, ...] = (MINICPM_V_4_6, *LLAVA_FAMILIES, RESEARCH, VDIM, *TOWER_FAMILIES, *DECODER_FAMILIES)
 
 
 def find_family(source: Source) -> Family:
@@ -35,7 +36,9 @@ def find_family(source: Source) -> Family:
     elif not config:
         problem = "there is no config.json, and the tensors' names are of no known file without one (VDIM)"
     else:
-        problem = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')!r}: not known"
+        keys = ("model_type", "architectures", "mm_projector_type", "feature_mode", "model_mode")
+        shown = [f"{key} {config[key]!r}" for key in keys if key in config]
+        problem = f"{', '.join(shown) or 'config.json without model_type'}: not known with tensors of these names"
     raise ConvertError(f"{source.path}: {problem}; known families: {', '.join(family.name for family in FAMILIES)}")
 
 

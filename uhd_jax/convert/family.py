@@ -76,6 +76,11 @@ def settings(source: Source) -> Mapping[str, Any]:
     return source.json("config.json") if source.has("config.json") else {}
 
 
+def dtype_of(config: Mapping[str, Any]) -> str:
+    """In what to compute: float32 for a checkpoint that says so, else bfloat16."""
+    return "float32" if (config.get("torch_dtype") or config.get("dtype")) == "float32" else "bfloat16"
+
+
 def field(config: Mapping[str, Any], key: str, source: Source) -> Any:
     """A value of config.json.
 

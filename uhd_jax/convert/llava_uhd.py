@@ -27,7 +27,7 @@ from uhd_jax.config.presets import QWEN2_CHAT, VICUNA_CHAT
 from uhd_jax.convert import decoder_families
 from uhd_jax.convert.decoder_families import text_dropped
 from uhd_jax.convert.decoders import decoder_table, text_config
-from uhd_jax.convert.family import Dropped, Family, Shapes, count_of, field, settings, shape_of
+from uhd_jax.convert.family import Dropped, Family, Shapes, count_of, dtype_of, field, settings, shape_of
 from uhd_jax.convert.files import token_ids, write_json, write_tokenizer
 from uhd_jax.convert.hiwin import VISION_COPY, hiwin_dropped, hiwin_table
 from uhd_jax.convert.resampler import attention_table, resampler_table
@@ -94,7 +94,7 @@ def _config(source: Source, version: int) -> ModelConfig:
     kind = TEXT_KINDS[config["model_type"]]
     decoder = decoder_families.config_of(source, dict(config) | {"model_type": kind})
     tower = _tower(config, source)
-    dtype = decoder_families.dtype_of(config)
+    dtype = dtype_of(config)
     heads = 0 if decoder.width % 128 == 0 else 1
     old = "feature_mode" in config
     if version == 1:

@@ -14,7 +14,7 @@ from uhd_jax.config import ChatConfig, CompressorConfig, ConnectorConfig, ModelC
 from uhd_jax.convert import decoder_families, minicpmv
 from uhd_jax.convert.decoder_families import text_dropped
 from uhd_jax.convert.decoders import KINDS, decoder_table, text_config
-from uhd_jax.convert.family import Dropped, Family, Shapes, count_of, field, shape_of
+from uhd_jax.convert.family import Dropped, Family, Shapes, count_of, dtype_of, field, shape_of
 from uhd_jax.convert.files import read_json, token_ids, write_json, write_tokenizer
 from uhd_jax.convert.tables import ConvertError, Entry, dense, layer_norm
 
@@ -73,7 +73,7 @@ def _config(source: Source) -> ModelConfig:
             placeholder=placeholder if isinstance(placeholder, str) else placeholder["content"],
             use_image_id=config.get("use_image_id", True),
         ),
-        dtype=decoder_families.dtype_of(config),
+        dtype=dtype_of(config),
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from uhd_jax.config import CompressorConfig, ConnectorConfig, ModelConfig, TowerConfig
 from uhd_jax.convert import minicpmv
-from uhd_jax.convert.family import NO_DECODER, Dropped, Family, field, settings
+from uhd_jax.convert.family import NO_DECODER, Dropped, Family, dtype_of, field, settings
 from uhd_jax.convert.files import write_json
 from uhd_jax.convert.tables import PATCH_CONVOLUTION, ConvertError, Entry, Rule, dense, joined_dense, layer_norm
 
@@ -105,7 +105,7 @@ def moonvit_table(config: TowerConfig, prefix: str) -> list[Entry]:
     ]
 
 
-def tower_alone(tower: TowerConfig) -> ModelConfig:
+def tower_alone(tower: TowerConfig, dtype: str) -> ModelConfig:
     """A model of which only the tower is there."""
     return ModelConfig(
         decoder=NO_DECODER,
@@ -113,6 +113,7 @@ def tower_alone(tower: TowerConfig) -> ModelConfig:
         compressor=CompressorConfig("none"),
         connector=ConnectorConfig("mlp"),
         mode="4x",
+        dtype=dtype,
     )
 
 
@@ -141,7 +142,7 @@ def _transformers_config(kind: str, source: Source) -> ModelConfig:
                 f"{source.folder / 'config.json'}: num_patches {vision['num_patches']} is no square number"
             )
         tower = dataclasses.replace(tower, table_side=side)
-    return tower_alone(tower)
+    return tower_alone(tower, dtype_of(settings(source)))
 
 
 def _moonvit_config(source: Source) -> ModelConfig:
@@ -158,7 +159,8 @@ def _moonvit_config(source: Source) -> ModelConfig:
             table_side=field(vision, "init_pos_emb_height", source),
             table_cols=field(vision, "init_pos_emb_width", source),
             norm_eps=1e-5,
-        )
+        ),
+        dtype_of(config),
     )
 
 
