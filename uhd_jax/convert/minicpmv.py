@@ -1,25 +1,13 @@
-"""MiniCPM-V 4.6 layout of transformers, and LLaVA-UHD v4 in it: names and sizes (spec v4 section 4)."""
+"""Names of MiniCPM-V 4.6's parameters in transformers, part by part and whole (spec v4 section 4)."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from uhd_jax.config import (
-    ChatConfig,
-    CompressorConfig,
-    ConnectorConfig,
-    ModelConfig,
-    SlicingConfig,
-    TowerConfig,
-)
-from uhd_jax.convert.decoders import decoder_config, decoder_dropped, decoder_table
-from uhd_jax.convert.tables import PATCH_CONVOLUTION, ConvertError, Entry, dense, import_tensors, layer_norm
+from uhd_jax.config import ConnectorConfig, ModelConfig, TowerConfig
+from uhd_jax.convert.decoders import decoder_table
+from uhd_jax.convert.tables import PATCH_CONVOLUTION, Entry, dense, layer_norm
 
 _ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 
@@ -87,67 +75,3 @@ def tower_config(vision: Mapping[str, Any]) -> TowerConfig:
         table_side=vision["image_size"] // vision["patch_size"],
         norm_eps=vision["layer_norm_eps"],
     )
-
-
-def model_config(folder: Path) -> ModelConfig:
-    """ModelConfig of a checkpoint folder, from its config.json and preprocessor_config.json.
-
-    Raises:
-      ConvertError: the folder has no config.json, or one of another family.
-    """
-    config = _read_json(folder / "config.json")
-    if config.get("model_type") != "minicpmv4_6":
-        raise ConvertError(f"{folder / 'config.json'}: model_type {config.get('model_type')!r} is not 'minicpmv4_6'")
-    processor = _read_json(folder / "preprocessor_config.json")
-    kind = "window_attention_reused_mlp" if config["insert_layer_id"] >= 0 else "none"
-    return ModelConfig(
-        decoder=decoder_config(config["text_config"] | {"tie_word_embeddings": config["tie_word_embeddings"]}),
-        tower=tower_config(config["vision_config"]),
-        compressor=CompressorConfig(kind, max(config["insert_layer_id"], 0)),
-        connector=ConnectorConfig(rounds=config["merger_times"]),
-        slicing=SlicingConfig(scale_resolution=processor["scale_resolution"], max_slices=processor["max_slice_nums"]),
-        chat=ChatConfig(tokenizer=str(folder), use_image_id=processor["use_image_id"]),
-        mode=config["downsample_mode"],
-        dtype={"float32": "float32"}.get(config.get("dtype"), "bfloat16"),
-    )
-
-
-def load_checkpoint(folder: str | Path, abstract_of: Any) -> tuple[ModelConfig, dict[str, Any]]:
-    """Reads a checkpoint folder in the MiniCPM-V 4.6 layout.
-
-    Args:
-      folder: holds config.json, preprocessor_config.json, tokenizer.json and safetensors.
-      abstract_of: ModelConfig -> our tree of shapes.
-
-    Returns:
-      The model's configuration and its parameters, float32 NumPy arrays.
-
-    Raises:
-      ConvertError: files are missing or do not fit each other.
-    """
-    folder = Path(folder)
-    config = model_config(folder)
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise ConvertError(f"{folder}: no model*.safetensors file")
-    tensors = {}
-    for file in files:
-        with safe_open(file, framework="np") as reader:
-            tensors |= {name: reader.get_tensor(name) for name in reader.keys()}
-    patterns = [pattern for pattern, _ in decoder_dropped(config.decoder, "lm_head.weight")]
-    params = import_tensors(
-        table(config),
-        tensors,
-        abstract_of(config),
-        lambda name: any(re.fullmatch(pattern, name) for pattern in patterns),
-    )
-    return config, params
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConvertError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise ConvertError(f"{path}: not JSON ({error})") from None

@@ -15,7 +15,9 @@ import numpy as np
 from uhd_jax.batch import Batch, Bucket
 from uhd_jax.checkpoint import CheckpointError, load_model
 from uhd_jax.config import ConfigError, ModelConfig
-from uhd_jax.convert import minicpmv
+from uhd_jax.convert import tables
+from uhd_jax.convert.families import drops, find_family
+from uhd_jax.convert.source import Source, open_source
 from uhd_jax.data.chat import EncodedSample, ImagePart, Message, encode_chat, visual_places
 from uhd_jax.data.packing import fill_batch
 from uhd_jax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -324,7 +326,8 @@ def load(directory: str | Path, max_length: int = 32_768) -> Assistant:
     """Loads a model to talk to.
 
     Args:
-      directory: a training workdir, a saved model, or a checkpoint in the MiniCPM-V 4.6 layout of transformers.
+      directory: a training workdir, a saved model, or a checkpoint folder of a whole model in PyTorch's layouts, such
+        as MiniCPM-V 4.6 of transformers.
       max_length: as in `Assistant`.
 
     Raises:
@@ -334,11 +337,25 @@ def load(directory: str | Path, max_length: int = 32_768) -> Assistant:
     if not directory.is_dir():
         problem = "is a file" if directory.exists() else "does not exist"
         raise CheckpointError(f"{directory} {problem}; give the folder of a training run or of a model")
-    if (directory / "preprocessor_config.json").exists():
-        config, params = minicpmv.load_checkpoint(directory, _abstract_params)
-        return Assistant(config, jax.tree.map(jnp.asarray, params), load_tokenizer(directory), max_length)
+    if (directory / "config.json").exists():  # no folder of ours has one
+        with open_source(directory) as source:
+            return Assistant(*_imported(source), load_tokenizer(directory), max_length)
     params, config = load_model(directory)
     return Assistant(config, params, load_tokenizer(directory / "tokenizer"), max_length)
+
+
+def _imported(source: Source) -> tuple[ModelConfig, Any]:
+    """Config and float32 parameters of a whole model in a foreign layout, read tensor by tensor."""
+    family = find_family(source)
+    if set(family.parts) != {"tower", "connector", "decoder"}:
+        raise tables.ConvertError(
+            f"{source.path}: of the family {family.name}, which is no whole model that can answer"
+        )
+    config = family.config(source)
+    abstract, dropped = _abstract_params(config), drops(family.dropped(config))
+    moves = tables.match(family.table(config), source.tensors, abstract, dropped)
+    params = {move.path: jnp.asarray(tables.load(move, source.read, np.float32)) for move in moves}
+    return config, tables.unflatten(params)
 
 
 def _abstract_params(config: ModelConfig) -> Any:
