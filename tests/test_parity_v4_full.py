@@ -1,7 +1,8 @@
-"""A whole imported checkpoint (Qwen3 decoder) against the PyTorch model: prompt, logits, greedy tokens."""
+"""Whole imported checkpoints (Qwen3 and Qwen3.5 decoders) against the PyTorch model: prompt, logits, greedy tokens."""
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -17,14 +18,24 @@ from uhd_jax.generation.decode import Sampling, generate_tokens
 from uhd_jax.slicing.image_io import open_image
 
 FOLDER = GOLDEN / "v4_full_qwen3_16x"
+TOLERANCES = {"v4_full_qwen3_16x": 1e-4, "v4_full_qwen35_16x": 5e-4, "v4_full_qwen35_4x": 5e-4}
 META = json.loads((FOLDER / "meta.json").read_text())
 IMAGES = [FOLDER / "image_0.png", FOLDER / "image_1.png"]
 QUESTION = "What is this?"
 
+every_checkpoint = pytest.mark.parametrize("folder", TOLERANCES)
+
+
+@functools.cache
+def loaded(folder):
+    """Model, inputs and outputs, images, mode."""
+    images = sorted((GOLDEN / folder).glob("image_*.png"))
+    return uhd_jax.load(GOLDEN / folder), load(folder, "io"), images, folder[folder.rindex("_") + 1 :]
+
 
 @pytest.fixture(scope="module")
 def model():
-    return uhd_jax.load(FOLDER)
+    return loaded(FOLDER.name)[0]
 
 
 @pytest.fixture(scope="module")
@@ -32,32 +43,56 @@ def io():
     return load("v4_full_qwen3_16x", "io")
 
 
-def test_prepare_gives_the_processors_ids_and_pixels(model, io):
-    prepared = model.prepare(QUESTION, IMAGES)
+@every_checkpoint
+def test_prepare_gives_the_processors_ids_and_pixels(folder):
+    model, io, images, mode = loaded(folder)
+    prepared = model.prepare(QUESTION, images, mode=mode)
     np.testing.assert_array_equal(prepared.token_ids, io["input_ids"][0])
     assert [tuple(view.patch_grid) for plan in prepared.plans for view in plan.views] == [
         tuple(grid) for grid in io["target_sizes"]
     ]
 
 
-def test_logits_at_every_position(model, io):
-    ours = model.logits(io["input_ids"][0], IMAGES)
+@every_checkpoint
+def test_logits_at_every_position(folder):
+    model, io, images, mode = loaded(folder)
+    ours = model.logits(io["input_ids"][0], images, mode=mode)
     assert ours.shape == io["logits"][0].shape
-    np.testing.assert_allclose(ours, io["logits"][0], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(ours, io["logits_f64"][0], atol=TOLERANCES[folder], rtol=0)
+
+
+@every_checkpoint
+def test_greedy_tokens(folder):
+    model, io, images, mode = loaded(folder)
+    batch = model._batch([model.prepare(QUESTION, images, mode=mode)], mode)
+    length = io["input_ids"].shape[1]
+    tokens = generate_tokens(
+        model.params,
+        model.config,
+        batch,
+        max_new_tokens=12,
+        stop=(),
+        sampling=Sampling(),
+        cache_length=128,
+        mode=mode,
+    )
+    expected = json.loads((GOLDEN / folder / "meta.json").read_text())["new_tokens"]
+    assert tokens[0] == expected == io["generated_ids"][0, length:].tolist()
+
+
+@every_checkpoint
+def test_export_is_the_inverse_of_import(folder):
+    model, theirs = loaded(folder)[0], load(folder, "model")
+    ours = export_tensors(minicpmv.table(model.config), jax.tree.map(np.asarray, model.params))
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
 
 
 def test_logits_depend_on_the_image(model, io):
     other = np.zeros((*np.asarray(open_image(IMAGES[0])).shape[:2], 3), np.uint8)
     blank = model.logits(io["input_ids"][0], [other, IMAGES[1]])
     assert np.abs(blank[-1] - io["logits"][0, -1]).max() > 0.1
-
-
-def test_greedy_tokens(model, io):
-    batch = model._batch([model.prepare(QUESTION, IMAGES)], None)
-    tokens = generate_tokens(
-        model.params, model.config, batch, max_new_tokens=12, stop=(), sampling=Sampling(), cache_length=96
-    )
-    assert tokens[0] == META["new_tokens"] == io["generated_ids"][0, 66:].tolist()
 
 
 def test_generate_text(model):
@@ -77,15 +112,6 @@ def test_encode_images_equal_what_the_model_reads(model):
 def test_wrong_number_of_placeholders(model, io):
     with pytest.raises(PromptError, match="18 placeholders among the ids, but 4 visual tokens"):
         model.logits(io["input_ids"][0], IMAGES[1:])
-
-
-def test_export_is_the_inverse_of_import(model):
-    theirs = load("v4_full_qwen3_16x", "model")
-    table = minicpmv.table(model.config)
-    ours = export_tensors(table, jax.tree.map(np.asarray, model.params))
-    assert set(ours) == set(theirs)
-    for name, tensor in theirs.items():
-        np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
 
 
 def test_every_misfit_is_listed(model):

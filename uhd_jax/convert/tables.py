@@ -259,7 +259,10 @@ class MoveBack:
         for entry in self.entries:
             value = read(entry.ours)
             made.append(entry.rule.back(value if self.layer is None else value[self.layer], entry.foreign_shape))
-        return contiguous(made[0] if len(made) == 1 else np.concatenate(made))
+        if len(made) == 1:
+            return contiguous(made[0])
+        blocks = [part.reshape(self.entries[0].groups, -1, *part.shape[1:]) for part in made]
+        return contiguous(np.concatenate(blocks, axis=1).reshape(-1, *made[0].shape[1:]))
 
 
 def match_back(table: Iterable[Entry], infos: Mapping[str, Described]) -> list[MoveBack]:
