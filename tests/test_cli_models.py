@@ -1,4 +1,4 @@
-"""The commands around a model: cost, train, generate."""
+"""The commands around a model: train, generate."""
 
 from __future__ import annotations
 
@@ -12,40 +12,6 @@ from command_line import assert_one_line, call
 
 import uhd_jax
 from uhd_jax.cli import main
-
-
-def test_cost(capsys, config_file):
-    argv = ("cost", f"--config={config_file}", "--image-size=224x336")
-    costs = json.loads(call(capsys, *argv, "--json")[1])
-    assert costs["plan"]["visual_tokens"] == 28
-    assert costs["parameters"]["total"] == sum(v for k, v in costs["parameters"].items() if k != "total")
-    assert costs["forward_flops"]["total"] == sum(v for k, v in costs["forward_flops"].items() if k != "total")
-    assert costs["stages"][0]["train_flops"] > costs["forward_flops"]["total"] > 0
-    longer = json.loads(call(capsys, *argv, "--json", "--text-tokens=100", "--mode=4x")[1])
-    assert longer["plan"]["visual_tokens"] == 111
-    assert longer["forward_flops"]["decoder"] > costs["forward_flops"]["decoder"]
-    status, out, _ = call(capsys, *argv)
-    assert status == 0 and f"{costs['parameters']['total']:,}" in out
-
-
-def test_cost_counts_each_stage_with_its_own_slicing(capsys, config_file):
-    argv = ("cost", f"--config={config_file}", "--image-size=224x336", "--text-tokens=9")
-    costs = json.loads(call(capsys, *argv, "--json")[1])
-    (full,) = costs["stages"]
-    assert (full["views"], full["visual_tokens"]) == (costs["plan"]["views"], costs["plan"]["visual_tokens"]) == (7, 28)
-    for key, value, views, visual_tokens in (("max_slices", 1, 1, 4), ("scale_resolution", 168, 3, 26)):
-        changed = json.loads(call(capsys, *argv, "--json", f"--config.train.stages[0].{key}={value}")[1])
-        assert changed["plan"] == costs["plan"] and changed["forward_flops"] == costs["forward_flops"]
-        (stage,) = changed["stages"]
-        assert (stage["views"], stage["visual_tokens"]) == (views, visual_tokens)
-        assert stage["train_flops"] != full["train_flops"] and stage["state_bytes"] == full["state_bytes"]
-
-
-def test_cost_says_what_its_bytes_are(capsys, config_file):
-    out = call(capsys, "cost", f"--config={config_file}", "--image-size=224x336")[1]
-    heading = next(line for line in out.splitlines() if line.startswith("stage"))
-    assert heading.split()[-3:] == ["parameters", "gradients", "moments"]
-    assert "MiB: parameters, gradients and the optimiser's two moments" in out and "no activations" in out
 
 
 def test_commands_that_need_a_configuration_say_so(capsys):

@@ -1,74 +1,38 @@
-"""Published figures, counts against the real model, and FLOPs against what a compiler counts."""
+"""Counts of parameters against the real model and published ones, sums of work, and peaks of devices."""
 
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 import tiny
 from flax.traverse_util import flatten_dict
 
 from uhd_jax import cost
-from uhd_jax.batch import abstract_batch
 from uhd_jax.config import (
     COMPRESSORS,
     CompressorConfig,
+    ConfigError,
     ConnectorConfig,
     DecoderConfig,
-    MeshConfig,
     ModelConfig,
-    OptimizerConfig,
+    PyramidConfig,
     SlicingConfig,
     TowerConfig,
 )
+from uhd_jax.config.presets import CLIP_L_14_336, QWEN2_7B, VICUNA_7B, VICUNA_13B
 from uhd_jax.models import uhd
-from uhd_jax.sharding.mesh import make_mesh
-from uhd_jax.slicing.plan import Size, make_plan
-from uhd_jax.training.optimizer import make_optimizer
+from uhd_jax.ops.roi_align import choose_bins
+from uhd_jax.slicing.plan import Grid, Size, make_plan
 from uhd_jax.training.stages import part_of
-from uhd_jax.training.state import abstract_state
-from uhd_jax.training.step import make_train_step
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
 FULL = ModelConfig(DecoderConfig(151_936, 4096, 12_288, 36, 32, 8, 128, qk_norm=True))
-POST_VIT = dataclasses.replace(FULL, compressor=CompressorConfig("none"), connector=ConnectorConfig(rounds=2))
+CLIP, NO_COMPRESSOR = TowerConfig(**CLIP_L_14_336), CompressorConfig("none")
 
 
-@pytest.mark.parametrize(
-    ("kind", "after_layer", "gflops"),
-    [
-        ("none", 6, 3555.1),
-        ("average_pool", 6, 1368.7),
-        ("unshuffle_mlp", 6, 1401.2),
-        ("reused_mlp", 6, 1490.2),
-        ("cross_attention_top_left", 6, 1402.0),
-        ("cross_attention_mean", 6, 1402.0),
-        ("window_attention_mlp", 6, 1484.1),
-        ("window_attention_reused_mlp", 6, 1573.1),
-        ("window_attention_reused_mlp", 3, 1245.1),
-        ("window_attention_reused_mlp", 9, 1901.1),
-        ("window_attention_reused_mlp", 15, 2557.0),
-    ],
-)
-def test_every_figure_of_the_paper(kind, after_layer, gflops):
-    """Tables 4, 5 and A3: one view of 70 x 70 patches."""
-    assert round(cost.paper_gflops(TowerConfig(), CompressorConfig(kind, after_layer), 4900), 1) == gflops
-
-
-def test_our_own_convention_on_the_same_views():
-    """Spec v4 section 1.9: GMACs of the tower with true 2x2 windows."""
-
-    def tower_gmacs(config, patches):
-        flops = cost.forward_flops(config, cost.work([patches], []))
-        return round(sum(flops[part] for part in ("tower", "patch_embedding", "compressor")) / 2e9, 1)
-
-    assert (tower_gmacs(POST_VIT, 4900), tower_gmacs(FULL, 4900)) == (3511.2, 1502.5)
-    assert (tower_gmacs(POST_VIT, 1024), tower_gmacs(FULL, 1024)) == (486.9, 238.5)
-    deeper = dataclasses.replace(FULL, compressor=CompressorConfig(after_layer=15))
-    assert (tower_gmacs(deeper, 4900), tower_gmacs(deeper, 1024)) == (2472.8, 364.2)
-
-
-def test_published_parameter_counts():
+def test_published_parameter_counts_of_v4():
     counts = cost.parameter_counts(FULL)
     assert sum(counts.values()) == 8_753_160_624
     assert counts["compressor"] == 104_507_072
@@ -76,16 +40,54 @@ def test_published_parameter_counts():
     assert counts["connector"] == 40_125_952
 
 
+def test_published_parameter_counts_of_v1():
+    """Spec v1-v2 section 6."""
+    connector = ConnectorConfig("spatial_resampler")
+    counts = cost.groups(
+        cost.parameter_counts(ModelConfig(DecoderConfig(**VICUNA_13B), CLIP, NO_COMPRESSOR, connector))
+    )
+    assert counts["tower"] == 303_507_456
+    assert round(counts["connector"] / 1e6, 2) == 137.84
+    assert sum(counts.values()) == pytest.approx(26.91e9 / 2, rel=1e-3)  # the released bfloat16 files
+
+
+@pytest.mark.parametrize(("decoder", "millions"), [(VICUNA_7B, 175.59), (VICUNA_13B, 266.68), (QWEN2_7B, 137.13)])
+def test_published_parameter_counts_of_v2(decoder, millions):
+    """Spec v1-v2 section 6.3: with all four levels, and a query set and a projection that are never used."""
+    connector = ConnectorConfig("hiwin", pyramid=PyramidConfig(15))
+    counts = cost.parameter_counts(ModelConfig(DecoderConfig(**decoder), CLIP, NO_COMPRESSOR, connector))
+    unused = (144 + 1024) * decoder["width"]
+    assert round((counts["connector"] + counts["connector_positions"] + unused) / 1e6, 2) == millions
+
+
+def test_published_parameter_counts_of_vdim():
+    connector = ConnectorConfig("hiwin", pyramid=PyramidConfig(7))
+    counts = cost.parameter_counts(ModelConfig(DecoderConfig(**VICUNA_7B), CLIP, NO_COMPRESSOR, connector))
+    assert counts["upsampler"] + counts["upsampler_fixup"] == 1_062_066
+
+
 def variants():
     for kind in COMPRESSORS[1:]:
-        yield dataclasses.replace(tiny.MODEL, compressor=CompressorConfig(kind, 0))
-    yield dataclasses.replace(tiny.MODEL, compressor=CompressorConfig("none"), connector=ConnectorConfig(rounds=2))
-    yield dataclasses.replace(
-        tiny.MODEL, decoder=dataclasses.replace(tiny.MODEL.decoder, qk_norm=False, qkv_bias=True, tied_head=True)
-    )
+        yield kind, dataclasses.replace(tiny.MODEL, compressor=CompressorConfig(kind, 0))
+    yield "two rounds", dataclasses.replace(tiny.MODEL, compressor=NO_COMPRESSOR, connector=ConnectorConfig(rounds=2))
+    decoder = dataclasses.replace(tiny.MODEL.decoder, qk_norm=False, qkv_bias=True, tied_head=True)
+    yield "decoder", dataclasses.replace(tiny.MODEL, decoder=decoder)
+    yield from tiny.KINDS.items()
+    hiwin = tiny.KINDS["hiwin"]
+    yield "table", dataclasses.replace(hiwin, tower=dataclasses.replace(hiwin.tower, table_cols=5))
+    for pyramid in (
+        PyramidConfig(5),
+        PyramidConfig(1),
+        PyramidConfig(10, "bilinear"),
+        PyramidConfig(6, "deconvolution"),
+    ):
+        yield str(pyramid), dataclasses.replace(hiwin, connector=dataclasses.replace(hiwin.connector, pyramid=pyramid))
 
 
-@pytest.mark.parametrize("config", list(variants()), ids=lambda config: config.compressor.kind)
+VARIANTS = dict(variants())
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_parameter_counts_are_those_of_the_model(config):
     params = jax.eval_shape(lambda key: uhd.init_params(config, key), jax.random.key(0))
     counted = dict.fromkeys(cost.parameter_counts(config), 0)
@@ -94,72 +96,26 @@ def test_parameter_counts_are_those_of_the_model(config):
     assert cost.parameter_counts(config) == counted
 
 
-def test_state_bytes():
+def test_an_unknown_kind_is_refused_not_counted_as_nothing():
+    tower = dataclasses.replace(FULL, tower=dataclasses.replace(FULL.tower, kind="other"))
+    connector = dataclasses.replace(FULL, connector=dataclasses.replace(FULL.connector, kind="other"))
+    for config, name in ((tower, "tower"), (connector, "connector")):
+        for count in (cost.parameter_counts, lambda config: cost.forward_flops(config, cost.Work())):
+            with pytest.raises(
+                ConfigError, match=f"{name}.kind.*'other' is not known|{name}.kind.*'other' are not known"
+            ):
+                count(config)
+
+
+def test_bytes_of_weights_and_state():
     counts = cost.parameter_counts(tiny.MODEL)
+    total = sum(counts.values())
+    assert cost.weight_bytes(tiny.MODEL) == {"float32": 4 * total, "bfloat16": 2 * total}
     assert cost.state_bytes(tiny.MODEL, ("connector",)) == {
-        "parameters": 4 * sum(counts.values()),
+        "parameters": 4 * total,
         "gradients": 4 * counts["connector"],
         "moments": 8 * counts["connector"],
     }
-
-
-# Wide enough for products to dominate; no loops, whose bodies a compiler counts once; one chunk of the loss.
-WIDE = dataclasses.replace(
-    tiny.MODEL,
-    tower=TowerConfig(width=64, mlp_width=96, layers=3, heads=2, patch_size=4, table_side=8),
-    decoder=DecoderConfig(vocab_size=64, width=192, mlp_width=512, layers=2, heads=4, kv_heads=2, head_dim=32),
-    scan_layers=False,
-    tower_remat="none",
-    decoder_remat="none",
-    loss_chunk=10_000,
-)
-WIDE_BUCKET = dataclasses.replace(tiny.BUCKET, patches=64, tokens=32, patch_dim=WIDE.tower.patch_dim)
-
-
-def full_work(bucket):
-    """What the program computes: in the decoder all pairs, masked or not."""
-    work = cost.bucket_work(bucket)
-    return dataclasses.replace(work, token_pairs=bucket.rows * bucket.tokens**2)
-
-
-def compiled_train_flops(trainable):
-    stage = tiny.stage(trainable=trainable)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    params = jax.eval_shape(lambda key: uhd.init_params(WIDE, key), jax.random.key(0))
-    target = abstract_state(params, make_optimizer(OptimizerConfig(), stage), trainable, mesh)
-    step = make_train_step(lambda p, b, _: uhd.loss_sums(p, b, WIDE), stage, OptimizerConfig(), target, mesh)
-    return step.lower(target, abstract_batch(WIDE_BUCKET)).compile().cost_analysis()["flops"]
-
-
-def test_frozen_parts_cost_no_backward_pass_and_the_formula_knows():
-    compiled, analytic = {}, {}
-    for trainable in (tiny.EVERYTHING, tiny.ADAPTER, ("decoder",)):
-        compiled[trainable] = compiled_train_flops(trainable)
-        analytic[trainable] = cost.train_flops(WIDE, full_work(WIDE_BUCKET), trainable)
-        # The compiler also counts norms, softmax and optimiser, and the logits' recomputation.
-        ratio = compiled[trainable] / analytic[trainable]
-        assert 1.0 < ratio < 1.12, (trainable, ratio)
-    assert compiled[tiny.ADAPTER] < 0.75 * compiled[tiny.EVERYTHING]
-
-
-def test_what_training_a_part_costs():
-    """Products with weights and in attention, in units of their forward pass, from the pixels to the logits."""
-    work = full_work(tiny.BUCKET)
-    stretches = cost.forward_stretches(tiny.MODEL, work)
-    parts = ("patch_embedding", "tower", "compressor", "tower", "connector", "decoder")
-    assert tuple(stretch.part for stretch in stretches) == parts
-    for trainable, weights, attention in [
-        (tiny.EVERYTHING, (2, 3, 3, 3, 3, 3), (0, 3, 3, 3, 0, 3)),
-        (tiny.ADAPTER, (1, 2, 3, 2, 3, 2), (0, 3, 3, 3, 0, 3)),
-        (("compressor",), (1, 1, 3, 2, 2, 2), (0, 1, 3, 3, 0, 3)),
-        (("patch_embedding",), (2, 2, 2, 2, 2, 2), (0, 3, 3, 3, 0, 3)),
-        (("decoder",), (1, 1, 1, 1, 1, 3), (0, 1, 1, 1, 0, 3)),
-    ]:
-        expected = sum(
-            2 * (times * stretch.weight_macs + attended * stretch.attention_macs)
-            for stretch, times, attended in zip(stretches, weights, attention, strict=True)
-        )
-        assert cost.train_flops(tiny.MODEL, work, trainable) == pytest.approx(expected), trainable
 
 
 def test_work_of_a_batch_leaves_padding_out():
@@ -170,17 +126,26 @@ def test_work_of_a_batch_leaves_padding_out():
     assert work.views == 9
     assert work.patches == 8 * 16 + 8
     assert work.patch_pairs == 8 * 16**2 + 8**2
+    assert work.bins == 8 * 9 + 8
     assert work.tokens == 8 * 14
     assert work.token_pairs == 15 + 45 + 7 * 14 * 15 // 2
     assert work + cost.Work() == work
 
 
-def test_work_of_a_plan_and_modes():
+def test_work_of_a_full_bucket():
+    bucket = tiny.BUCKET
+    assert cost.bucket_work(bucket) == cost.Work(16, 16 * 16, 16 * 16**2, 16 * 12, 8 * 16, 8 * 16 * 17 // 2)
+
+
+def test_work_of_a_plan():
     plan = make_plan(Size(1344, 896), SlicingConfig(), 14, FULL.merge_levels())
     work = cost.plan_work(plan, text_tokens=100)
     assert (work.views, work.patches, work.tokens) == (len(plan.views), plan.patches, plan.visual_tokens + 100)
-    assert cost.forward_flops(FULL, work, "4x")["compressor"] == 0
-    assert cost.forward_flops(FULL, work, "4x")["tower"] > 1.9 * cost.forward_flops(FULL, work)["tower"]
+
+
+def test_bins_are_those_of_the_device():
+    grids = np.array([Grid(rows, cols) for rows in range(1, 65) for cols in range(1, 65)])
+    np.testing.assert_array_equal(cost.window_bins(grids), np.asarray(choose_bins(grids)).prod(axis=-1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn without a display."""
+"""Pictures of a run and of costs, drawn without a display."""
 
 from __future__ import annotations
 
@@ -60,3 +60,39 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     """Mean over a centred window of a tenth of the curve, cut at its ends."""
     reach = len(values) // 20
     return np.array([values[max(i - reach, 0) : i + reach + 1].mean() for i in range(len(values))])
+
+
+_PANELS = (
+    ("visual tokens", "visual_tokens", 1),
+    ("tower, TFLOPs", "tower_gflops", 1e3),
+    ("connector, TFLOPs", "connector_gflops", 1e3),
+    ("together with the decoder, TFLOPs", "total_gflops", 1e3),
+)
+
+
+def costs(series: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> plt.Figure:
+    """Draws costs over the size of the image, configurations side by side.
+
+    Args:
+      series: name of a configuration -> what `analysis.costs` says of it at each size: `image` and the keys of _PANELS.
+      title: what stands above the panels.
+
+    Returns:
+      The figure; the caller saves and closes it.
+    """
+    with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, panels = plt.subplots(2, 2, sharex=True, figsize=(9, 6.4), layout="constrained")
+        for panel, (label, key, unit) in zip(panels.flat, _PANELS, strict=True):
+            for number, (name, points) in enumerate(series.items()):
+                width = 1.2 + 0.7 * (len(series) - 1 - number)  # where lines coincide, each is still seen
+                sides, values = [max(point["image"]) for point in points], [point[key] / unit for point in points]
+                panel.plot(sides, values, label=name, linewidth=width, drawstyle="steps-mid")
+            panel.set_title(label, fontsize=10)
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.25)
+        for panel in panels[1]:
+            panel.set_xlabel("longer side of the image, pixels")
+        handles = panels[0, 0].get_lines()
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(series), frameon=False)
+        figure.suptitle(title, fontsize=11)
+    return figure

@@ -24,10 +24,11 @@ from uhd_jax.cli.common import UsageError
 COMMANDS = {
     "train": "train a model through its stages; resumes by itself",
     "generate": "ask a trained model about images",
+    "convert": "read and write checkpoints of PyTorch and transformers",
     "slices": "show how an image is cut: as a table, as JSON, as a picture",
     "evaluate": "score a trained model on a task",
     "report": "gather a run's results and draw its losses",
-    "cost": "parameters, FLOPs, visual tokens and training state of a configuration",
+    "cost": "parameters, visual tokens, FLOPs and memory of configurations, also as published",
 }
 
 

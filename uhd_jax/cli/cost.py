@@ -1,94 +1,122 @@
-"""What a configuration costs for one image: parameters, visual tokens, FLOPs, and the state that training keeps.
+"""What a configuration costs for one image: parameters, visual tokens, FLOPs, memory.
 
-  uhd-jax cost --config=configs/demo.py --image-size=224x336
+  uhd-jax cost --config=configs/uhd_v4.py --image-size=672x1008
+  uhd-jax cost --config=configs/uhd_v4.py --against=configs/uhd_v1.py --against=configs/uhd_v2.py \
+      --image-size=336x336 --image-size=672x1008 --plot=cost.png
+  uhd-jax cost --config=configs/uhd_v4.py --view=980x980 --convention=paper
 
-The first table is of the model itself, a stage is counted with its own slicing. One multiply-accumulate is 2 FLOPs;
-only products with weights and in attention count, padding and recomputation do not.
+The first table is of the model itself, a stage is counted with its own slicing. With several sizes or configurations
+there is one line for each of them instead. FLOPs are those of one forward pass over the image with its text; how they
+are counted is printed below them, and explained in docs/cost.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from uhd_jax.cli.common import not_negative, size
+from uhd_jax.cli.common import UsageError, file_to_write, not_negative, size, whole_file
+from uhd_jax.cli.configs import load_file
 from uhd_jax.config import MODES, RunConfig
-from uhd_jax.slicing.plan import Size, plan_image
+from uhd_jax.slicing.plan import Size
+
+if TYPE_CHECKING:
+    from uhd_jax.analysis.costs import Case
 
 CONFIG = "required"
-CONVENTION = "2 FLOPs per multiply-accumulate of products with weights and in attention; no padding, no recomputation"
-STATE = "parameters, gradients and the optimiser's two moments, all float32 and over all devices; no activations"
+PLOTTED = range(112, 2017, 28)  # longer sides in pixels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `uhd-jax cost`."""
-    parser.add_argument("--image-size", type=size, required=True, metavar="HxW", help="height and width in pixels")
+    parser.add_argument(
+        "--image-size", type=size, action="append", metavar="HxW", help="height and width in pixels; may be repeated"
+    )
+    parser.add_argument("--view", type=size, metavar="HxW", help="instead of an image: one view of this size")
     parser.add_argument("--text-tokens", type=not_negative, default=0, metavar="N", help="tokens of text (default 0)")
     parser.add_argument("--mode", choices=MODES, help="4x leaves the compressor out (default: the configuration's)")
+    parser.add_argument(
+        "--against", action="append", default=[], metavar="FILE.py[:ARG]", help="another configuration beside --config"
+    )
+    parser.add_argument(
+        "--convention",
+        choices=("default", "paper"),
+        default="default",
+        help="paper: count as the paper of the model's tower does, and show its figures",
+    )
+    parser.add_argument("--flops-per-mac", type=int, choices=(2, 1), help="FLOPs of a multiply-accumulate (default 2)")
+    parser.add_argument(
+        "--causal", choices=("half", "full"), help="pairs of tokens in the decoder's attention (default half)"
+    )
+    parser.add_argument(
+        "--plot", type=file_to_write, metavar="F.png", help="draw the costs of images of all sizes of the first's shape"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
-    """Prints the cost of one image with its text."""
-    costs = costs_of(config, arguments.image_size, arguments.text_tokens, arguments.mode)
-    print(json.dumps(costs) if arguments.json else _tables(costs))
+    """Prints the costs, and draws them on request."""
+    _check(arguments)
+    from uhd_jax.analysis.cost_tables import comparison, tables
+    from uhd_jax.analysis.costs import Case, costs_of, stages_of
+    from uhd_jax.cost import Convention
 
-
-def costs_of(config: RunConfig, image: Size, text_tokens: int = 0, mode: str | None = None) -> dict[str, Any]:
-    """Everything the command prints, with JSON types only."""
-    from uhd_jax import cost
-
-    model = config.model
-    plan = plan_image(image, model, mode)
-    parameters = cost.parameter_counts(model)
-    forward = cost.forward_flops(model, cost.plan_work(plan, text_tokens), mode)
-    stages = []
-    for stage in config.train.stages:
-        stage_plan = plan_image(image, model.for_stage(stage), mode, stage.max_slices)
-        work = cost.plan_work(stage_plan, text_tokens)
-        stages.append(
-            {
-                "name": stage.name,
-                "views": len(stage_plan.views),
-                "visual_tokens": stage_plan.visual_tokens,
-                "train_flops": cost.train_flops(model, work, stage.trainable, mode),
-                "state_bytes": cost.state_bytes(model, stage.trainable),
-            }
-        )
-    return {
-        "plan": plan.to_json(),
-        "text_tokens": text_tokens,
-        "mode": mode or model.mode,
-        "parameters": {**parameters, "total": sum(parameters.values())},
-        "forward_flops": {**forward, "total": sum(forward.values())},
-        "stages": stages,
-        "flops_convention": CONVENTION,
-        "state_bytes_convention": STATE,
-    }
-
-
-def _tables(costs: dict[str, Any]) -> str:
-    plan, parameters, flops = costs["plan"], costs["parameters"], costs["forward_flops"]
-    height, width = plan["image"]
-    lines = [
-        f"image {height}x{width} (height x width), {costs['mode']}: {plan['views']} views, {plan['patches']} patches, "
-        f"{plan['visual_tokens']} visual tokens, {costs['text_tokens']} other tokens",
-        "",
-        f"{'part':19}  {'parameters':>14}  {'forward GFLOPs':>14}",
-        *(
-            f"{part:19}  {parameters[part]:>14,}  {flops[part] / 1e9:>14,.3f}"
-            for part in parameters
-            if parameters[part]
-        ),
-        "",
-        f"{'stage':19}  {'views':>5}  {'visual tokens':>13}  {'training GFLOPs':>15}  {'parameters':>13}  "
-        f"{'gradients':>13}  {'moments':>13}",
+    convention = None
+    if arguments.convention == "default":
+        convention = Convention(arguments.flops_per_mac or 2, arguments.causal != "full")
+    configs = _configs(config, arguments.against)
+    cases = [
+        Case(image, arguments.view, arguments.text_tokens, arguments.mode, convention)
+        for image in arguments.image_size or [None]
     ]
-    for stage in costs["stages"]:
-        state = "  ".join(f"{count / 2**20:>9,.1f} MiB" for count in stage["state_bytes"].values())
-        lines.append(
-            f"{stage['name']:19}  {stage['views']:>5}  {stage['visual_tokens']:>13}  "
-            f"{stage['train_flops'] / 1e9:>15,.3f}  {state}"
-        )
-    return "\n".join([*lines, "", f"FLOPs: {CONVENTION}.", f"MiB: {STATE}."])
+    costs = [costs_of(one, name, case) for case in cases for name, one in configs.items()]
+    if len(costs) == 1 and convention:
+        costs[0]["stages"] = stages_of(config, cases[0])
+    if arguments.plot:
+        _plot(arguments.plot, configs, cases[0])
+    if len(costs) > 1:
+        print(json.dumps({"costs": costs}) if arguments.json else comparison(costs))
+    else:
+        print(json.dumps(costs[0]) if arguments.json else tables(costs[0]))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if (arguments.image_size is None) == (arguments.view is None):
+        raise UsageError("give either --image-size=HxW or --view=HxW")
+    if arguments.convention == "paper":
+        for flag in ("flops_per_mac", "causal", "plot"):
+            if getattr(arguments, flag) is not None:
+                raise UsageError(
+                    f"--{flag.replace('_', '-')} does not go with --convention=paper, which each paper sets"
+                )
+    if arguments.plot and arguments.view:
+        raise UsageError("--plot draws images of all sizes: give --image-size instead of --view")
+
+
+def _configs(config: RunConfig, files: Sequence[str]) -> dict[str, RunConfig]:
+    """The configurations by the name that stands before their costs."""
+    configs = {config.name: config}
+    for file in files:
+        label = Path(file).name
+        short = label.replace(".py", "", 1)
+        configs[label if short in configs else short] = load_file(file)
+    return configs
+
+
+def _plot(path: Path, configs: Mapping[str, RunConfig], case: Case) -> None:
+    from uhd_jax.analysis import plots
+    from uhd_jax.analysis.costs import costs_of
+
+    shape = case.image
+    sizes = [Size(*(max(1, round(side * length / max(shape))) for side in shape)) for length in PLOTTED]
+    series = {
+        name: [costs_of(config, name, dataclasses.replace(case, image=size)) for size in sizes]
+        for name, config in configs.items()
+    }
+    figure = plots.costs(series, f"Images of the shape of {shape}, {case.text_tokens} tokens of text")
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)

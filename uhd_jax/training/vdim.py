@@ -97,7 +97,7 @@ def step_flops(config: ModelConfig, work: cost.Work, reconstruction: Reconstruct
     total = 0.0
     for stretch in cost.forward_stretches(config, work):
         times = {"tower": passes, "patch_embedding": passes, "upsampler": 3, "upsampler_fixup": 3}.get(stretch.part, 0)
-        total += 2.0 * times * (stretch.weight_macs + stretch.attention_macs)
+        total += 2.0 * times * (stretch.weight_macs + stretch.pair_macs)
     return total
 
 
