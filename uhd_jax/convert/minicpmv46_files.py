@@ -55,6 +55,7 @@ def write_files(config: ModelConfig, tokenizer: Path | None, folder: Path) -> No
             f"{tokenizer / 'tokenizer.json'}: has no token {chat.placeholder!r} (model.chat.placeholder)"
         )
     ends = [added[mark] for mark in (chat.turn_end, chat.padding, *chat.stop) if mark in added]
+    write_tokenizer(tokenizer, config, folder)
     write_json(folder / "config.json", _model(config, added))
     write_json(folder / "generation_config.json", {"eos_token_id": ends, "pad_token_id": added.get(chat.padding)})
     image = _image_processor(config)
@@ -65,7 +66,6 @@ def write_files(config: ModelConfig, tokenizer: Path | None, folder: Path) -> No
         folder / PROCESSOR_FILE,
         {"processor_class": "MiniCPMV4_6Processor", "image_processor": image, "video_processor": video},
     )
-    write_tokenizer(tokenizer, config, folder)
     names = {theirs: getattr(chat, ours) for ours, theirs in CHAT_MARKS.items()}
     target = folder / "tokenizer_config.json"
     write_json(

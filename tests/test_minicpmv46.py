@@ -1,0 +1,214 @@
+"""MiniCPM-V 4.6 live against transformers: configs both ways, imports, exports, logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from hf46 import copy_tokenizer, make_checkpoint, torch_inputs
+from safetensors.numpy import save_file
+
+import uhd_jax
+from uhd_jax.convert.families import find_family
+from uhd_jax.convert.minicpmv46 import MINICPM_V_4_6
+from uhd_jax.convert.source import open_source
+from uhd_jax.convert.tables import ConvertError, export_tensors
+
+transformers = pytest.importorskip("transformers")
+torch = pytest.importorskip("torch")
+
+CASES = {
+    "qwen3": dict(text_type="qwen3"),
+    "qwen3_tied": dict(text_type="qwen3", tied=True, insert=0, num_attention_heads=6, num_key_value_heads=3),
+    "qwen3_4x": dict(text_type="qwen3", mode="4x", insert=2, vision={"num_attention_heads": 2, "image_size": 140}),
+    "qwen35": dict(text_type="qwen3_5_text", tied=True),
+    "qwen35_untied": dict(text_type="qwen3_5_text", num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=1),
+    "qwen35_4x": dict(text_type="qwen3_5_text", mode="4x", linear_num_value_heads=2, linear_key_head_dim=8),
+}
+TOLERANCE = {"qwen3": 5e-5, "qwen3_5_text": 1e-3}  # of logits; transformers' own two forms of Qwen3.5 differ by 2.5e-4
+PICTURES = [
+    np.random.default_rng(1).integers(0, 256, (90, 200, 3), np.uint8),
+    np.random.default_rng(2).integers(0, 256, (40, 30, 3), np.uint8),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def case(request, tmp_path_factory):
+    """A made checkpoint, its PyTorch model, the model loaded from it here, and a prompt with two images."""
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = make_checkpoint(folder, **CASES[request.param])
+    ours = uhd_jax.load(folder)
+    return folder, theirs, ours, ours.prepare("What is this?", PICTURES)
+
+
+def torch_logits(model, prepared, config) -> np.ndarray:
+    with torch.no_grad():
+        return model(**torch_inputs(prepared, config)).logits[0].numpy()
+
+
+def tolerance(model) -> float:
+    return TOLERANCE[model.config.text_config.model_type]
+
+
+def test_logits_at_every_position(case):
+    _, theirs, ours, prepared = case
+    logits = ours.logits(prepared.token_ids, PICTURES)
+    expected = torch_logits(theirs, prepared, ours.config)
+    assert logits.shape == expected.shape and expected.std() > 0.5
+    np.testing.assert_allclose(logits, expected, atol=tolerance(theirs), rtol=0)
+
+
+def test_an_export_is_what_transformers_loads(case, tmp_path):
+    folder, theirs, ours, prepared = case
+    MINICPM_V_4_6.write_files(ours.config, copy_tokenizer(tmp_path / "tokenizer"), tmp_path)
+    tensors = export_tensors(MINICPM_V_4_6.table(ours.config), jax.tree.map(np.asarray, ours.params))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info.values()), info
+    assert model.dtype == torch.float32
+    exported, original = model.config.to_dict(), theirs.config.to_dict()
+    for unused in ("transformers_version", "image_size", "_name_or_path"):
+        exported.pop(unused, None), original.pop(unused, None)
+    lengths = {c["text_config"].pop("max_position_embeddings") for c in (exported, original)}
+    assert len(lengths) == 2  # the decoder knows none
+    for key, value in original["text_config"].items():
+        if value is not None and key not in ("dtype", "max_window_layers", "initializer_range"):
+            assert exported["text_config"][key] == value, key
+    for key, value in original["vision_config"].items():
+        if value is not None and key != "dtype":
+            assert exported["vision_config"][key] == value, key
+    nested = {"text_config", "vision_config"}
+    assert {k: v for k, v in original.items() if k not in nested and exported.get(k) != v} == {}
+    np.testing.assert_allclose(
+        torch_logits(model, prepared, ours.config), torch_logits(theirs, prepared, ours.config), atol=1e-6, rtol=0
+    )
+
+
+def test_import_export_import_is_bit_equal(case, tmp_path):
+    folder, _, ours, _ = case
+    tokenizer = copy_tokenizer(tmp_path / "tokenizer")
+    MINICPM_V_4_6.write_files(ours.config, tokenizer, tmp_path)
+    tensors = export_tensors(MINICPM_V_4_6.table(ours.config), jax.tree.map(np.asarray, ours.params))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = uhd_jax.load(tmp_path)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again.params, ours.params))
+    with open_source(folder) as source:
+        original = {name: source.read(name) for name in source.tensors}
+    assert set(original) - {"lm_head.weight"} <= set(tensors) and set(tensors) <= set(original)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor, original[name], err_msg=name)
+    chat = dataclasses.replace(
+        again.config.chat, tokenizer=ours.config.chat.tokenizer, template=ours.config.chat.template
+    )
+    assert dataclasses.replace(again.config, chat=chat) == ours.config
+
+
+def edited(folder, tmp_path, file, edit):
+    """A copy of a checkpoint's small files with one of them changed, and links to its weights."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).symlink_to(path)
+    values = json.loads((folder / file).read_text())
+    edit(values)
+    (copy / file).unlink()
+    (copy / file).write_text(json.dumps(values))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plain")
+    make_checkpoint(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "message"),
+    [
+        ("config.json", lambda c: c.update(model_type="llava"), "model_type 'llava'.*known families: minicpm_v_4_6"),
+        ("config.json", lambda c: c["vision_config"].update(image_size=140), "image_size: 140 .* 100 rows, .* has 49"),
+        ("config.json", lambda c: c["vision_config"].update(image_size=[98, 98]), "vision_config.image_size: .98, 98."),
+        ("config.json", lambda c: c["vision_config"].update(hidden_act="gelu"), "vision_config.hidden_act: 'gelu'"),
+        ("config.json", lambda c: c["vision_config"].update(window_kernel_size=[4, 4]), "window_kernel_size"),
+        ("config.json", lambda c: c.update(merge_kernel_size=[1, 2]), "merge_kernel_size"),
+        ("config.json", lambda c: c.update(insert_layer_id=3), "insert_layer_id: 3 is not an index of the tower's 3"),
+        ("config.json", lambda c: c.update(insert_layer_id=-1), "insert_layer_id: -1 leaves out the compressor"),
+        ("config.json", lambda c: c.update(downsample_mode="8x"), "downsample_mode: '8x'"),
+        ("config.json", lambda c: c.update(image_token_id=7), r"image_token_id: 7 is not the id of .*258"),
+        ("config.json", lambda c: c.update(image_token_id=None), "image_token_id"),
+        ("config.json", lambda c: c.pop("text_config"), "text_config"),
+        ("config.json", lambda c: c["text_config"].update(model_type="gemma"), "text_config.model_type: 'gemma'"),
+        ("config.json", lambda c: c["text_config"].pop("hidden_size"), "config.json: no 'hidden_size'"),
+        ("preprocessor_config.json", lambda c: c.update(resample=2), "preprocessor_config.json: resample: 2"),
+        ("preprocessor_config.json", lambda c: c.update(image_mean=[0.4, 0.5, 0.5]), "image_mean"),
+        ("preprocessor_config.json", lambda c: c.update(patch_size=16), "patch_size: 16"),
+    ],
+)  # fmt: skip
+def test_bad_settings_name_file_and_key(folder, tmp_path, file, edit, message):
+    copy = edited(folder, tmp_path, file, edit)
+    with pytest.raises(ConvertError, match=message) as error:
+        uhd_jax.load(copy)
+    assert str(copy) in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "tokenizer.json", "model.safetensors"])
+def test_missing_files_are_named(folder, tmp_path, file):
+    copy = edited(folder, tmp_path, "config.json", lambda c: None)
+    (copy / file).unlink()
+    with pytest.raises(ConvertError, match=file.replace("model.", "model.*")):
+        uhd_jax.load(copy)
+
+
+def test_settings_of_processors_are_read(folder, tmp_path):
+    def config(**values):
+        copy = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        copy.mkdir()
+        found = edited(folder, copy, "preprocessor_config.json", lambda c: c.update(values.get("image", {})))
+        for name in ("video_preprocessor_config", "processor_config", "generation_config"):
+            if name in values:
+                (found / f"{name}.json").unlink(missing_ok=True)
+                (found / f"{name}.json").write_text(json.dumps(values[name]))
+        with open_source(found) as source:
+            return find_family(source).config(source)
+
+    image = {"max_slice_nums": 4, "use_image_id": False, "scale_resolution": 224}
+    plain = config(image=image)
+    assert (plain.slicing.max_slices, plain.slicing.scale_resolution, plain.chat.use_image_id) == (4, 224, False)
+    assert config(image={"slice_mode": False}).slicing.max_slices == 1
+    clip = {"max_num_frames": 16, "stack_frames": 3, "max_slice_nums": 2}
+    assert dataclasses.astuple(config(video_preprocessor_config=clip).video) == (16, 3, 2)
+    both = config(processor_config={"image_processor": image, "video_processor": clip})
+    assert (both.slicing.max_slices, both.video.stack_frames) == (4, 3)
+    assert config(generation_config={"eos_token_id": [256, 268]}).chat.stop == ("</think>",)
+    assert plain.chat.stop == ()
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("compressor", {"kind": "none"}, "model.compressor.kind: 'none'"),
+        ("connector", {"kind": "mlp"}, "model.connector.kind: 'mlp'"),
+        ("slicing", {"rule": "v1"}, "model.slicing.rule: 'v1'"),
+        ("chat", {"template": "vicuna_v1"}, "model.chat.template: 'vicuna_v1'"),
+        ("chat", {"placeholder": "<pad>"}, "tokenizer.json: has no token '<pad>'"),
+    ],
+)
+def test_what_the_layout_has_no_place_for(folder, tmp_path, part, changes, message):
+    with open_source(folder) as source:
+        config = dataclasses.replace(MINICPM_V_4_6.config(source), mode="4x")
+    config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **changes)})
+    with pytest.raises(ConvertError, match=message):
+        MINICPM_V_4_6.write_files(config, copy_tokenizer(tmp_path / "tokenizer"), tmp_path)
+
+
+def test_an_export_needs_a_tokenizer(folder, tmp_path):
+    with open_source(folder) as source:
+        config = MINICPM_V_4_6.config(source)
+    with pytest.raises(ConvertError, match="needs the model's tokenizer"):
+        MINICPM_V_4_6.write_files(config, None, tmp_path)
