@@ -29,7 +29,7 @@ FORBIDDEN = {
 }
 ONLY = {
     "orbax": {"checkpoint"},
-    "torch": {"analysis"},
+    "torch": {"analysis", "convert.pickles"},
     "transformers": {"analysis"},
     "torchvision": set(),
     "flax.linen": {"models"},
@@ -90,8 +90,8 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
             if starts_with(name, package):
                 report(line, f"{room} imports {name}")
         for package, rooms in ONLY.items():
-            if starts_with(name, package) and room not in rooms:
-                report(line, f"imports {name}, allowed in: {', '.join(rooms) or 'no room'}")
+            if starts_with(name, package) and not {room, module.removeprefix(f"{PACKAGE}.")} & rooms:
+                report(line, f"imports {name}, allowed in: {', '.join(sorted(rooms)) or 'no room'}")
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef) and room != "models":
             if any(ast.unparse(base).endswith(("nn.Module", "linen.Module")) for base in node.bases):

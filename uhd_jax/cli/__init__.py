@@ -117,6 +117,8 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _one_line(error: Exception) -> str:
+    """The error in one line; the items of a list, which are indented, keep lines of their own."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+    first, *items = str(error).split("\n  ")
+    return "\n  ".join([" ".join(first.split()), *(" ".join(item.split()) for item in items)])

@@ -109,8 +109,8 @@ class Source:
 def open_source(path: str | Path, allow_pickle: bool = False) -> Source:
     """Opens a checkpoint: a folder, or one file of weights. Reads headers only.
 
-    In a folder the weights are what `model.safetensors.index.json` names, else all of `model*.safetensors`, else the
-    only `*.safetensors` there is.
+    In a folder the weights are what `model.safetensors.index.json` names, else all of `model*.safetensors`, else
+    pickles, else the only `*.safetensors` there is.
 
     Args:
       path: a folder or file.
@@ -129,14 +129,14 @@ def open_source(path: str | Path, allow_pickle: bool = False) -> Source:
     if files := sorted(path.glob("model*.safetensors")):
         _require_all(files)
         return Source(path, _headers(files))
-    files = sorted(path.glob("*.safetensors"))
+    pickles = _pickle_files(path)
+    files = [] if pickles else sorted(path.glob("*.safetensors"))
     if len(files) == 1:
         return Source(path, _headers(files))
     if files:
         raise ConvertError(f"{path}: which of {', '.join(file.name for file in files)}? Give one of them instead")
-    pickles = _pickle_files(path)
     if not pickles:
-        raise ConvertError(f"{path}: no weights there, neither model*.safetensors nor model*.safetensors.index.json")
+        raise ConvertError(f"{path}: no weights there, neither model*.safetensors nor {INDEX}")
     return _unpickled(path, pickles, allow_pickle)
 
 
