@@ -40,6 +40,18 @@ def test_published_parameter_counts_of_v4():
     assert counts["connector"] == 40_125_952
 
 
+def test_parameter_counts_of_minicpm_v_4_6():
+    """Spec v4 section 4.3: the shapes of its tensors, 1.3 billion together."""
+    decoder = DecoderConfig(248_094, 1024, 3584, 24, 8, 2, 256, qk_norm=True, tied_head=True, gated_attention=True)
+    delta = {"delta_key_heads": 16, "delta_value_heads": 16, "delta_key_dim": 128, "delta_value_dim": 128}
+    counts = cost.parameter_counts(ModelConfig(dataclasses.replace(decoder, full_attention_interval=4, **delta)))
+    attention = (4096 + 512 + 512) * 1024 + 1024 * 2048 + 2 * 256
+    mixing = (6144 + 2048 + 16 + 16) * 1024 + 6144 * 4 + 16 + 16 + 128 + 1024 * 2048
+    shared = 24 * (3 * 3584 * 1024 + 2 * 1024) + 248_094 * 1024 + 1024
+    assert counts["decoder"] == 6 * attention + 18 * mixing + shared
+    assert round(sum(counts.values()) / 1e9, 2) == 1.30
+
+
 def test_published_parameter_counts_of_v1():
     """Spec v1-v2 section 6."""
     connector = ConnectorConfig("spatial_resampler")
@@ -72,6 +84,11 @@ def variants():
     yield "two rounds", dataclasses.replace(tiny.MODEL, compressor=NO_COMPRESSOR, connector=ConnectorConfig(rounds=2))
     decoder = dataclasses.replace(tiny.MODEL.decoder, qk_norm=False, qkv_bias=True, tied_head=True)
     yield "decoder", dataclasses.replace(tiny.MODEL, decoder=decoder)
+    yield "hybrid decoder", tiny.HYBRID
+    yield (
+        "gate with biases",
+        dataclasses.replace(tiny.MODEL, decoder=dataclasses.replace(decoder, gated_attention=True)),
+    )
     yield from tiny.KINDS.items()
     hiwin = tiny.KINDS["hiwin"]
     yield "table", dataclasses.replace(hiwin, tower=dataclasses.replace(hiwin.tower, table_cols=5))

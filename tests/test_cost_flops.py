@@ -119,13 +119,16 @@ def test_bins_of_hiwins_ablations():
 
 
 def products(jaxpr):
-    """Multiply-accumulates of all matrix products in a traced program."""
+    """Multiply-accumulates of all matrix products and triangular systems in a traced program."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
             total += math.prod(out) * math.prod(left[axis] for axis in contracted)
+        if equation.primitive.name == "triangular_solve":  # by substitution, the diagonal being 1
+            right = equation.invars[1].aval.shape
+            total += math.prod(right) * (right[-2] - 1) // 2
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         inner = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns"))
         for value in inner:
@@ -183,6 +186,23 @@ def test_every_product_of_the_forward_pass_is_counted_and_no_other(config):
     traced = jax.make_jaxpr(logits)(abstract_params(config), abstract_batch(bucket))
     counted = sum(cost.forward_flops(config, full_work(bucket)).values())
     assert 2 * products(traced.jaxpr) == counted + cost.overhead_flops(config, full_work(bucket))
+
+
+def test_every_product_of_gated_delta_layers_is_counted_and_no_other():
+    config, decoder = unrolled(tiny.HYBRID), tiny.HYBRID.decoder
+    bucket = dataclasses.replace(tiny.BUCKET, tokens=128)  # two chunks
+    traced = jax.make_jaxpr(lambda params, batch: uhd.logits(params, batch, config))(
+        abstract_params(config), abstract_batch(bucket)
+    )
+    channels = 2 * decoder.delta_key_heads * decoder.delta_key_dim + decoder.delta_value_heads * decoder.delta_value_dim
+    convolution = 4 * bucket.rows * bucket.tokens * decoder.delta_conv * channels  # of 4 layers, no matrix product
+    work, full = cost.bucket_work(bucket), cost.Convention(causal=False)
+    counted = sum(cost.forward_flops(config, work, convention=full).values())
+    assert 2 * (products(traced.jaxpr) + convolution) == counted
+    heads, inside = decoder.delta_value_heads, 2 * decoder.delta_key_dim + decoder.delta_value_dim
+    masked = 4 * heads * (64 - 65 / 2) * inside * work.tokens
+    masked += 2 * 2 * decoder.heads * decoder.head_dim * (bucket.rows * bucket.tokens**2 - work.token_pairs)
+    assert sum(cost.forward_flops(config, work).values()) == counted - 2 * masked
 
 
 def traced_training(config, bucket, trainable):

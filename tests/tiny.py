@@ -54,6 +54,20 @@ KINDS = {"moonvit": dataclasses.replace(MODEL, tower=_TOWER)} | {
     )
     for name, connector in _CONNECTORS.items()
 }
+HYBRID = dataclasses.replace(
+    MODEL,
+    decoder=dataclasses.replace(
+        MODEL.decoder,
+        layers=6,
+        full_attention_interval=3,
+        gated_attention=True,
+        zero_centred_norm=True,
+        delta_key_heads=2,
+        delta_value_heads=4,
+        delta_key_dim=8,
+        delta_value_dim=12,
+    ),
+)
 EVERYTHING = ("tower", "patch_embedding", "position_table", "compressor", "connector", "decoder")
 ADAPTER = ("connector", "compressor", "position_table")
 BUCKET = Bucket(rows=8, slots=2, tokens=16, patches=16, patch_dim=MODEL.tower.patch_dim)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from uhd_jax.config import PARTS, DecoderConfig, ModelConfig
+from uhd_jax.config import PARTS, ModelConfig
 from uhd_jax.cost.connectors import connector_stretches
+from uhd_jax.cost.decoder import decoder_stretches
 from uhd_jax.cost.stretches import DEFAULT, Convention, Stretch
 from uhd_jax.cost.tower import tower_stretches
 from uhd_jax.cost.work import Work
@@ -28,7 +29,8 @@ def forward_stretches(
 ) -> list[Stretch]:
     """Multiply-accumulates of one forward pass, from the pixels to the logits of every token, in data order.
 
-    Of the convention only `published` matters here.
+    Of the convention, how many FLOPs a multiply-accumulate has does not matter here, and `causal` only to gated delta
+    layers: the pairs of tokens in full attention are those of `work`.
 
     Raises:
       ConfigError: a kind of tower or connector that is not known here.
@@ -36,20 +38,11 @@ def forward_stretches(
     compress = config.compressor.kind != "none" and (mode or config.mode) == "16x"
     upstream = GROUPS["tower"]
     cells = work.patches / 4 if compress else work.patches
-    decoder = config.decoder
-    weights = decoder.layers * decoder_layer_weights(decoder) + decoder.width * decoder.vocab_size
-    pairs = decoder.layers * 2 * decoder.heads * decoder.head_dim
     return [
         *tower_stretches(config, work, compress, all_layers=convention.published),
         *connector_stretches(config, work, cells, upstream, published=convention.published),
-        Stretch("decoder", work.tokens * weights, work.token_pairs * pairs, upstream=PARTS),
+        *decoder_stretches(config.decoder, work, convention.causal),
     ]
-
-
-def decoder_layer_weights(decoder: DecoderConfig) -> int:
-    """Entries of the weight matrices of one layer."""
-    attention = 2 * decoder.head_dim * (decoder.heads + decoder.kv_heads)
-    return decoder.width * (attention + 3 * decoder.mlp_width)
 
 
 def forward_flops(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from uhd_jax.config import PARTS, CompressorConfig, ConfigError, DecoderConfig, ModelConfig, TowerConfig
+from uhd_jax.config import PARTS, CompressorConfig, ConfigError, ModelConfig, TowerConfig
 from uhd_jax.cost.connectors import KEY_WIDTH, NEIGHBOURS
-from uhd_jax.cost.flops import decoder_layer_weights
+from uhd_jax.cost.decoder import decoder_parameters
 from uhd_jax.cost.tower import KINDS, layer_weights
 
 
@@ -24,7 +24,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         "patch_embedding": (tower.patch_dim + (not clip)) * d,
         "position_table": (math.prod(tower.table_shape) + clip) * d,
         "compressor": _compressor(config.compressor, tower),
-        "decoder": _decoder(config.decoder),
+        "decoder": decoder_parameters(config.decoder),
     }
     return dict.fromkeys(PARTS, 0) | counts | _connector(config)
 
@@ -78,14 +78,6 @@ def _pyramid(config: ModelConfig) -> dict[str, int]:
     keys = _dense(3, KEY_WIDTH) + _dense(KEY_WIDTH, KEY_WIDTH)
     kernel = _dense(NEIGHBOURS + 3, NEIGHBOURS) + _dense(NEIGHBOURS, NEIGHBOURS)
     return {"upsampler": top * (keys + kernel + 2), "upsampler_fixup": _dense(c, c)}
-
-
-def _decoder(decoder: DecoderConfig) -> int:
-    attention_biases = (decoder.heads + 2 * decoder.kv_heads) * decoder.head_dim if decoder.qkv_bias else 0
-    head_norms = 2 * decoder.head_dim if decoder.qk_norm else 0
-    layer = decoder_layer_weights(decoder) + 2 * decoder.width + attention_biases + head_norms
-    tables = decoder.vocab_size * decoder.width * (1 if decoder.tied_head else 2)
-    return decoder.layers * layer + tables + decoder.width
 
 
 def _dense(features: int, out: int) -> int:
