@@ -28,7 +28,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, np.ndarray], config: Ma
     if shards == 1:
         files = ["model.safetensors"]
     for file, group in zip(files, groups, strict=True):
-        save_file({name: np.ascontiguousarray(tensors[name]) for name in group}, folder / file)
+        save_file({name: np.asarray(tensors[name], order="C") for name in group}, folder / file)
     if shards > 1:
         placed = {name: file for file, group in zip(files, groups, strict=True) for name in group}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))

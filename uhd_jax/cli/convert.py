@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     combine = add("combine", "weights to start training from, out of a tower and a decoder", None, "a new folder")
     combine.add_argument("--tower", required=True, metavar="SRC", help=f"of the tower: {checkpoint}")
     combine.add_argument("--decoder", required=True, metavar="SRC", help="of the language model, likewise")
+    combine.add_argument("--upsampler", metavar="SRC", help="of VDIM, for v2's pyramid (default: random)")
     verify = add("verify", "a checkpoint in PyTorch against its import here", "the checkpoint", None)
     verify.add_argument("directory", metavar="DST", help="the folder that its import, or an export, wrote")
     verify.add_argument("--image", action="append", default=[], metavar="F", help="an image file; may be repeated")
@@ -132,12 +133,21 @@ def _export(arguments: argparse.Namespace, _: None) -> None:
 
 
 def _combine(arguments: argparse.Namespace, config: RunConfig) -> None:
-    from uhd_jax.convert.combine import combine
+    from uhd_jax.training.start import combine
 
-    combined = combine(
-        arguments.tower, arguments.decoder, config.model, arguments.destination, allow_pickle=arguments.allow_pickle
+    parts = arguments.tower, arguments.decoder, arguments.upsampler
+    done = combine(config.model, arguments.destination, *parts, config.train.seed, arguments.allow_pickle)
+    rows = ""
+    if done["new_rows"]:
+        marks = ", ".join(done["added_marks"]) or "none"
+        rows = f"\n{done['new_rows']} rows of the vocabulary begin as the mean of the others; added marks: {marks}"
+    print(
+        json.dumps(done | {"destination": str(arguments.destination)})
+        if arguments.json
+        else f"wrote {arguments.destination}: tower from {done['tower']}, decoder from {done['decoder']}, "
+        f"{done['parameters']:,} parameters\nposition table {done['position_table']['from']} -> "
+        f"{done['position_table']['to']}{rows}"
     )
-    print(json.dumps(combined) if arguments.json else f"wrote {arguments.destination}")
 
 
 def _verify(arguments: argparse.Namespace, _: None) -> None:
