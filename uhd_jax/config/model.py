@@ -258,7 +258,7 @@ class DecoderConfig:
 class ChatConfig:
     """Strings around text and images. The marks are looked up in the tokenizer; each must be one id."""
 
-    template: Literal["chatml", "vicuna_v1", "plain"] = "chatml"
+    template: Literal["chatml", "vicuna_v1", "plain", "jinja"] = "chatml"  # jinja: the tokenizer's own chat template
     layout: Literal["v4", "A", "B"] = "v4"  # of the visual block (spec: v4 section 2.8, v1-v2 section 4.3)
     schema: bool = True  # layouts A and B: separators between slices; False: v1's ablation and its March 2024 code
     separator_ids: tuple[int, ...] = ()  # ids of "," and newline in layouts A and B; empty: the tokenizer's own

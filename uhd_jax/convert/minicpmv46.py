@@ -21,7 +21,14 @@ from uhd_jax.config import (
 from uhd_jax.convert import minicpmv
 from uhd_jax.convert.decoder_families import config_of, text_dropped
 from uhd_jax.convert.family import Dropped, Family, dtype_of, settings
-from uhd_jax.convert.minicpmv46_files import CHAT_MARKS, IMAGE_FILE, PROCESSOR_FILE, VIDEO_FILE, write_files
+from uhd_jax.convert.minicpmv46_files import (
+    CHAT_MARKS,
+    IMAGE_FILE,
+    PROCESSOR_FILE,
+    TEMPLATE_FILE,
+    VIDEO_FILE,
+    write_files,
+)
 from uhd_jax.convert.tables import ConvertError
 
 if TYPE_CHECKING:
@@ -172,7 +179,8 @@ def _chat(source: Source, config: _Fields, use_image_id: bool) -> ChatConfig:
     extra = names.get("extra_special_tokens")
     names = (extra if isinstance(extra, Mapping) else {}) | names
     marks = {ours: _content(names[theirs]) for ours, theirs in CHAT_MARKS.items() if names.get(theirs)}
-    chat = ChatConfig(tokenizer=str(source.folder), use_image_id=use_image_id, **marks)
+    template = "jinja" if source.has(TEMPLATE_FILE) or names.get("chat_template") else "chatml"
+    chat = ChatConfig(template, tokenizer=str(source.folder), use_image_id=use_image_id, **marks)
     added = {token["content"]: token["id"] for token in source.json("tokenizer.json").get("added_tokens", ())}
     for key, mark in (("image_token_id", chat.placeholder), ("video_token_id", chat.video_placeholder)):
         if config.get(key) is not None and added.get(mark) != config.get(key):

@@ -68,11 +68,13 @@ def write_files(config: ModelConfig, tokenizer: Path | None, folder: Path) -> No
     )
     names = {theirs: getattr(chat, ours) for ours, theirs in CHAT_MARKS.items()}
     target = folder / "tokenizer_config.json"
-    write_json(
-        target, {"eos_token": chat.turn_end} | read_json(target) | names | {"tokenizer_class": "TokenizersBackend"}
-    )
-    if not (folder / TEMPLATE_FILE).exists():
+    fields = {"eos_token": chat.turn_end} | read_json(target) | names | {"tokenizer_class": "TokenizersBackend"}
+    if chat.template == "chatml":  # what the tokenizer came with is another prompt form
+        fields.pop("chat_template", None)
         (folder / TEMPLATE_FILE).write_text(chat_template(chat), encoding="utf-8")
+    elif not (folder / TEMPLATE_FILE).exists() and "chat_template" not in fields:
+        raise ConvertError(f"{tokenizer}: has no {TEMPLATE_FILE}, which model.chat.template 'jinja' needs")
+    write_json(target, fields)
 
 
 def _check(config: ModelConfig) -> None:

@@ -3,6 +3,7 @@
     chatml     <|im_start|>user\\n{image}\\n{question}<|im_end|>\\n<|im_start|>assistant\\n{answer}<|im_end|>
     vicuna_v1  {system} USER: {image}\\n{question} ASSISTANT: {answer}</s>USER: {question} ASSISTANT: {answer}</s>
     plain      {image}{caption}\\n
+    jinja      what the tokenizer's own chat template makes of the turns (`data.chat_template`)
 
 Everything here follows from texts and image sizes; no pixels are read, so the length of a sample and its number of
 views are known before an image is decoded.
@@ -19,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from uhd_jax.config import ChatConfig
+from uhd_jax.data import chat_template
 from uhd_jax.data.tokenizer import THINK_END, THINK_START, Tokenizer, TokenizerError
 from uhd_jax.slicing.layout import COMMA, Separator, ViewRun, visual_block
 from uhd_jax.slicing.plan import Plan
@@ -36,11 +38,18 @@ class ImagePart(NamedTuple):
     index: int
 
 
+class VideoPart(NamedTuple):
+    """A video in a message: its pictures are so many consecutive ones of the sample's list of images."""
+
+    first: int
+    pictures: int
+
+
 class Message(NamedTuple):
     """One turn: a role of `ROLES` and its parts in order."""
 
     role: str
-    parts: tuple[str | ImagePart, ...]
+    parts: tuple[str | ImagePart | VideoPart, ...]
 
 
 class Needs(NamedTuple):
@@ -74,12 +83,27 @@ class _Mark(NamedTuple):
     name: str
 
 
-_Item = str | _Mark | ViewRun | Separator
+class _Run(NamedTuple):
+    """Visual tokens of one view over all images: how many, the first of them, and the mark that stands for each."""
+
+    view: int
+    tokens: int
+    start: int
+    mark: str
+
+
+_Item = str | _Mark | _Run | Separator
 _Piece = tuple[_Item, bool]  # and whether it is trained
+_Blocks = dict[ImagePart | VideoPart, list[_Item]]
 
 
 def encode_chat(
-    messages: Sequence[Message], plans: Sequence[Plan], tokenizer: Tokenizer, chat: ChatConfig, generate: bool = False
+    messages: Sequence[Message],
+    plans: Sequence[Plan],
+    tokenizer: Tokenizer,
+    chat: ChatConfig,
+    generate: bool = False,
+    thinking: bool | None = None,
 ) -> EncodedSample:
     """Encodes a conversation in the prompt form `chat.template`.
 
@@ -91,13 +115,16 @@ def encode_chat(
     and newlines; and the sample ends with a newline. So does the released v2 code for Qwen2.
     "plain", for stages of captions: one turn with images and one answer, of which caption and newline are trained. The
     user's texts and `chat.system` are left out.
+    "jinja": trained are the answers' texts and the mark of their end that follows.
 
     Args:
       messages: the turns. `chat.system` becomes a first turn unless they begin with a system turn.
-      plans: one per image, in the order in which the messages show them.
+      plans: one per image or picture of a video, in the order in which the messages show them.
       tokenizer: must have every mark of `chat` that is needed.
       chat: the strings around text and images.
-      generate: the sequence ends where the next answer begins.
+      generate: the sequence ends where the next answer begins; nothing is trained.
+      thinking: with `generate` and the forms "chatml" and "jinja", whether the answer is to be thought about first;
+        None: as the checkpoint has it.
 
     Raises:
       ChatError: an unknown role, an image shown not exactly once, in order, and outside answers, turns for which the
@@ -108,7 +135,16 @@ def encode_chat(
     _check(messages, plans, generate)
     if chat.system and messages[0].role != "system" and chat.template != "plain":
         messages = (Message("system", (chat.system,)), *messages)
-    return _to_ids(_TEMPLATES[chat.template](messages, plans, chat, generate), plans, tokenizer, chat)
+    blocks = _blocks(messages, plans, chat)
+    if chat.template == "jinja":
+        pieces = _templated(messages, blocks, tokenizer, chat, generate, thinking)
+    else:
+        if thinking is not None:
+            chat = dataclasses.replace(chat, empty_think=not thinking)
+        pieces = _TEMPLATES[chat.template](messages, blocks, chat, generate)
+    if generate:
+        pieces = ((item, False) for item, _ in pieces)
+    return _to_ids(pieces, plans, tokenizer, chat)
 
 
 def visual_places(plans: Sequence[Plan], chat: ChatConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +153,8 @@ def visual_places(plans: Sequence[Plan], chat: ChatConfig) -> tuple[np.ndarray, 
     Returns:
       int32[N] number of the view over all images, and int32[N] token inside that view.
     """
-    runs = [item for index in range(len(plans)) for item in _block(plans, chat, index) if isinstance(item, ViewRun)]
+    blocks = (_block(plans, chat, index, index, chat.placeholder) for index in range(len(plans)))
+    runs = [item for block in blocks for item in block if isinstance(item, _Run)]
     places = [(run.view, run.start + token) for run in runs for token in range(run.tokens)]
     view, view_token = np.array(places, np.int32).reshape(-1, 2).T
     return view, view_token
@@ -129,9 +166,9 @@ def _check(messages: Sequence[Message], plans: Sequence[Plan], generate: bool) -
     for message in messages:
         if message.role not in ROLES:
             raise ChatError(f"role {message.role!r} is not one of {ROLES}")
-        if message.role != "user" and any(isinstance(part, ImagePart) for part in message.parts):
+        if message.role != "user" and any(not isinstance(part, str) for part in message.parts):
             raise ChatError(f"only user messages can hold images, not the role {message.role!r}")
-    shown = [part.index for message in messages for part in message.parts if isinstance(part, ImagePart)]
+    shown = [index for message in messages for part in message.parts for index in _shown(part)]
     if shown != list(range(len(plans))):
         raise ChatError(
             f"messages show the images {shown}, but there are {len(plans)} images; each must be shown once, in order"
@@ -140,7 +177,13 @@ def _check(messages: Sequence[Message], plans: Sequence[Plan], generate: bool) -
         raise ChatError("the last message is an answer already; nothing to generate")
 
 
-def _chatml(messages: Sequence[Message], plans: Sequence[Plan], chat: ChatConfig, generate: bool) -> Iterator[_Piece]:
+def _shown(part: str | ImagePart | VideoPart) -> Iterable[int]:
+    if isinstance(part, str):
+        return ()
+    return (part.index,) if isinstance(part, ImagePart) else range(part.first, part.first + part.pictures)
+
+
+def _chatml(messages: Sequence[Message], blocks: _Blocks, chat: ChatConfig, generate: bool) -> Iterator[_Piece]:
     think = (_Mark(THINK_START), "\n\n", _Mark(THINK_END), "\n\n") if chat.empty_think else ()
     answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
     for number, message in enumerate(messages):
@@ -150,16 +193,17 @@ def _chatml(messages: Sequence[Message], plans: Sequence[Plan], chat: ChatConfig
         yield from _all((_Mark(chat.turn_start), f"{message.role}\n"), trained and chat.train_turn_marks)
         if [number] == answers[-1:] and not generate:
             yield from _all(think, False)
-        yield from _all((*_content(message, plans, chat), _Mark(chat.turn_end)), trained)
+        yield from _all((*_content(message, blocks, chat), _Mark(chat.turn_end)), trained)
     if generate:
-        yield from _all(("\n", _Mark(chat.turn_start), "assistant\n", *think), False)
+        opening = (_Mark(THINK_START), "\n") if chat.open_think else ()
+        yield from _all(("\n", _Mark(chat.turn_start), "assistant\n", *(think or opening)), False)
     elif chat.train_turn_marks:
         yield "\n", True
 
 
-def _vicuna(messages: Sequence[Message], plans: Sequence[Plan], chat: ChatConfig, generate: bool) -> Iterator[_Piece]:
+def _vicuna(messages: Sequence[Message], blocks: _Blocks, chat: ChatConfig, generate: bool) -> Iterator[_Piece]:
     for number, message in enumerate(messages):
-        content = _content(message, plans, chat)
+        content = _content(message, blocks, chat)
         if message.role == "assistant":
             yield "ASSISTANT:", False
             yield from _all((" ", *content) if content else (), True)
@@ -174,18 +218,66 @@ def _vicuna(messages: Sequence[Message], plans: Sequence[Plan], chat: ChatConfig
         yield "ASSISTANT:", False
 
 
-def _plain(messages: Sequence[Message], plans: Sequence[Plan], chat: ChatConfig, generate: bool) -> Iterator[_Piece]:
+def _plain(messages: Sequence[Message], blocks: _Blocks, chat: ChatConfig, generate: bool) -> Iterator[_Piece]:
     roles, needed = [message.role for message in messages], ["user"] if generate else ["user", "assistant"]
-    if roles != needed or not plans:
+    if roles != needed or not blocks:
         raise ChatError(
-            f"the template 'plain' needs the turns {needed} and at least one image, not {roles} and {len(plans)} images"
+            f"the template 'plain' needs the turns {needed} and at least one image, "
+            f"not {roles} and {len(blocks)} images"
         )
-    images = [part for part in messages[0].parts if isinstance(part, ImagePart)]
+    images = [part for part in messages[0].parts if not isinstance(part, str)]
     if generate and any(part.strip() for part in messages[0].parts if isinstance(part, str)):
         raise ChatError("the template 'plain' has no place for a question; ask with an empty text")
-    yield from _all(_content(Message("user", tuple(images)), plans, chat), False)
+    yield from _all(_content(Message("user", tuple(images)), blocks, chat), False)
     if not generate:
-        yield from _all((*_content(messages[1], plans, chat), "\n"), True)
+        yield from _all((*_content(messages[1], blocks, chat), "\n"), True)
+
+
+def _templated(
+    messages: Sequence[Message],
+    blocks: _Blocks,
+    tokenizer: Tokenizer,
+    chat: ChatConfig,
+    generate: bool,
+    thinking: bool | None,
+) -> Iterator[_Piece]:
+    """The tokenizer's own template; its marks for images and videos stand for them one after the other."""
+    if not tokenizer.chat_template:
+        raise TokenizerError(
+            f"tokenizer {tokenizer.name}: has no chat_template.jinja; add it or set config.model.chat.template"
+        )
+    kinds = {ImagePart: chat_template.Visual("image"), VideoPart: chat_template.Visual("video")}
+    turns = [
+        chat_template.Turn(message.role, tuple(kinds.get(type(part), part) for part in message.parts))
+        for message in messages
+    ]
+    variables = {} if thinking is None else {"enable_thinking": thinking}
+    try:
+        rendered = chat_template.render(tokenizer.chat_template, turns, generate, variables)
+    except chat_template.TemplateError as error:
+        raise ChatError(str(error)) from error
+    marks = re.compile("(" + "|".join(map(re.escape, tokenizer.marks)) + ")")
+    places = {chat.placeholder: ImagePart, chat.video_placeholder: VideoPart}
+    waiting = {kind: [part for part in blocks if isinstance(part, kind)] for kind in places.values()}
+    answered = False
+    for piece in rendered:
+        if isinstance(piece, chat_template.Said):
+            answered = piece.role == "assistant"
+            yield piece.text, answered
+            continue
+        for index, text in enumerate(marks.split(piece)):
+            if index % 2 == 0:
+                if text:
+                    yield text, False
+            elif text in places:
+                if not waiting[places[text]]:
+                    raise ChatError(f"the tokenizer's chat template has more {text!r} than the messages have images")
+                yield from _all(blocks[waiting[places[text]].pop(0)], False)
+            else:
+                yield _Mark(text), answered and text == chat.turn_end
+                answered = False
+    if left := sum(map(len, waiting.values())):
+        raise ChatError(f"the tokenizer's chat template leaves out {left} images or videos of the messages")
 
 
 _TEMPLATES = {"chatml": _chatml, "vicuna_v1": _vicuna, "plain": _plain}
@@ -195,28 +287,47 @@ def _all(items: Iterable[_Item], trained: bool) -> Iterator[_Piece]:
     return ((item, trained) for item in items)
 
 
-def _content(message: Message, plans: Sequence[Plan], chat: ChatConfig) -> list[_Item]:
+def _content(message: Message, blocks: _Blocks, chat: ChatConfig) -> list[_Item]:
     """What a turn says: its visual blocks and stripped texts, joined by newlines."""
     parts = message.parts
     if chat.images_first:
         parts = sorted(parts, key=lambda part: isinstance(part, str))
     items: list[_Item] = []
     for part in parts:
-        said = [part.strip()] if isinstance(part, str) else _block(plans, chat, part.index)
+        said = [part.strip()] if isinstance(part, str) else blocks[part]
         if said != [""]:
             items += ["\n", *said] if items else said
     return items
 
 
-def _block(plans: Sequence[Plan], chat: ChatConfig, number: int) -> list[_Item]:
-    """The visual block of an image, its views numbered over all images."""
+def _blocks(messages: Sequence[Message], plans: Sequence[Plan], chat: ChatConfig) -> _Blocks:
+    """The visual blocks of all images and videos, each kind numbered from 0 in the order of the messages."""
+    parts = [part for message in messages for part in message.parts if not isinstance(part, str)]
+    blocks: _Blocks = {}
+    counts = {ImagePart: itertools.count(), VideoPart: itertools.count()}
+    for part in parts:
+        number = next(counts[type(part)])
+        if isinstance(part, ImagePart):
+            blocks[part] = _block(plans, chat, part.index, number, chat.placeholder)
+            continue
+        # The pictures of a video follow each other with nothing between, behind one id (spec v4 section 5).
+        with_id = chat.layout == "v4" and chat.use_image_id
+        start = [_Mark(chat.image_id_start), str(number), _Mark(chat.image_id_end)] if with_id else []
+        plain = dataclasses.replace(chat, use_image_id=False)
+        pictures = (_block(plans, plain, index, number, chat.video_placeholder) for index in _shown(part))
+        blocks[part] = [*start, *itertools.chain.from_iterable(pictures)]
+    return blocks
+
+
+def _block(plans: Sequence[Plan], chat: ChatConfig, index: int, number: int, placeholder: str) -> list[_Item]:
+    """The visual block of the image `index`, its views numbered over all images."""
     names = (chat.image_start, chat.image_end, chat.slice_start, chat.slice_end, chat.image_id_start, chat.image_id_end)
     marks = re.compile("(" + "|".join(map(re.escape, names)) + ")")
-    first_view = sum(len(plan.views) for plan in plans[:number])
+    first_view = sum(len(plan.views) for plan in plans[:index])
     items: list[_Item] = []
-    for part in visual_block(plans[number], chat, number):
+    for part in visual_block(plans[index], chat, number):
         if isinstance(part, ViewRun):
-            items.append(part._replace(view=part.view + first_view))
+            items.append(_Run(part.view + first_view, part.tokens, part.start, placeholder))
         elif isinstance(part, Separator):
             items.append(part)
         else:
@@ -245,8 +356,8 @@ def _to_ids(pieces: Iterable[_Piece], plans: Sequence[Plan], tokenizer: Tokenize
                 add(ids, [is_trained or i in always for i in ids])
             continue
         for item, is_trained in group:
-            if isinstance(item, ViewRun):
-                add([tokenizer.special(chat.placeholder)] * item.tokens, [False] * item.tokens, item.view, item.start)
+            if isinstance(item, _Run):
+                add([tokenizer.special(item.mark)] * item.tokens, [False] * item.tokens, item.view, item.start)
             elif isinstance(item, Separator):
                 add([_separator_id(item, tokenizer, chat)], [False])
             else:

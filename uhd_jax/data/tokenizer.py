@@ -7,13 +7,14 @@ A *mark* is an added token that steers the model: `<|im_end|>`, `<image>`, `<thi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
 
 from uhd_jax.config import ChatConfig
 
+TEMPLATE_FILE = "chat_template.jinja"
 THINK_START = "<think>"
 THINK_END = "</think>"
 
@@ -28,13 +29,15 @@ class Tokenizer:
     Args:
       definition: the text of a tokenizer.json.
       name: how errors call this tokenizer, e.g. the path of the file.
+      chat_template: the Jinja template that came with it, for `ChatConfig.template` "jinja"; empty: none.
 
     Raises:
       TokenizerError: the text is no tokenizer, or its model reads one of its own marks out of plain text.
     """
 
-    def __init__(self, definition: str, name: str):
+    def __init__(self, definition: str, name: str, chat_template: str = ""):
         self.name = name
+        self.chat_template = chat_template
         self._definition = definition
         try:
             content = json.loads(definition)
@@ -54,7 +57,12 @@ class Tokenizer:
         self.vocab_size = 1 + max(self._library.get_vocab(with_added_tokens=True).values())
 
     def __reduce__(self):
-        return Tokenizer, (self._definition, self.name)
+        return Tokenizer, (self._definition, self.name, self.chat_template)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """All of them, the longest first."""
+        return tuple(sorted(self._marks, key=lambda mark: -len(mark)))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; marks written in it are encoded like any other characters."""
@@ -72,14 +80,28 @@ class Tokenizer:
             )
         return self._marks[text]
 
+    def has(self, text: str) -> bool:
+        """Whether `special` knows this mark."""
+        return text in self._marks
+
+    def extended(self, marks: Sequence[str]) -> Tokenizer:
+        """The same tokenizer with more marks; those that are no words of it yet get the ids after its last."""
+        if not marks:
+            return self
+        library = tokenizers.Tokenizer.from_str(self._definition)
+        library.add_special_tokens([tokenizers.AddedToken(mark, normalized=False, special=True) for mark in marks])
+        return Tokenizer(library.to_str(), self.name, self.chat_template)
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of ids. `skip_special` leaves out the tokens that the tokenizer itself flags as special."""
         kept = [int(i) for i in ids if not (skip_special and int(i) in self._hidden)]
         return self._library.decode(kept, skip_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `folder/tokenizer.json`, from which `load_tokenizer` makes the same tokenizer."""
+        """Writes `folder/tokenizer.json`, and the chat template if any, so that `load_tokenizer` makes the same."""
         Path(folder, "tokenizer.json").write_text(self._definition, encoding="utf-8")
+        if self.chat_template:
+            Path(folder, TEMPLATE_FILE).write_text(self.chat_template, encoding="utf-8")
 
 
 class StreamDecoder:
@@ -141,6 +163,8 @@ def byte_tokenizer(chat: ChatConfig | None = None) -> Tokenizer:
 def load_tokenizer(path: str | Path, chat: ChatConfig | None = None) -> Tokenizer:
     """The tokenizer of `ChatConfig.tokenizer`: "bytes", a tokenizer.json, or a folder that holds one.
 
+    With a folder comes its chat template: `chat_template.jinja`, or as older ones have it in tokenizer_config.json.
+
     Raises:
       TokenizerError: the file is missing or is not a tokenizer.
     """
@@ -148,9 +172,27 @@ def load_tokenizer(path: str | Path, chat: ChatConfig | None = None) -> Tokenize
         return byte_tokenizer(chat)
     file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
     try:
-        return Tokenizer(file.read_text(encoding="utf-8"), str(file))
+        template = _chat_template(Path(path)) if Path(path).is_dir() else ""
+        return Tokenizer(file.read_text(encoding="utf-8"), str(file), template)
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"tokenizer {file}: cannot be read ({error})") from None
+
+
+def _chat_template(folder: Path) -> str:
+    """The chat template of a folder; empty where it has none."""
+    if (folder / TEMPLATE_FILE).is_file():
+        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    try:
+        template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") or ""
+    except FileNotFoundError:
+        return ""
+    except (ValueError, AttributeError) as error:
+        raise TokenizerError(f"tokenizer {config}: not a JSON object ({error})") from None
+    if isinstance(template, str):
+        return template
+    named = {one["name"]: one["template"] for one in template}
+    return named.get("default", "")
 
 
 def _is_mark(token: dict) -> bool:

@@ -18,20 +18,16 @@ from uhd_jax.config import ConfigError, ModelConfig
 from uhd_jax.convert import tables
 from uhd_jax.convert.families import drops, find_family
 from uhd_jax.convert.source import Source, open_source
-from uhd_jax.data.chat import EncodedSample, ImagePart, Message, encode_chat, visual_places
+from uhd_jax.data.chat import ChatError, EncodedSample, encode_chat, visual_places
 from uhd_jax.data.packing import fill_batch
 from uhd_jax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from uhd_jax.generation.decode import Sampling, generate_tokens
+from uhd_jax.generation.prompt import Conversation, Image, PromptError, Video, as_list, is_single, parse, requests
 from uhd_jax.models import uhd
 from uhd_jax.slicing.image_io import open_image
 from uhd_jax.slicing.pixels import cut_views
 from uhd_jax.slicing.plan import ImageRefused, Plan, Size, plan_image
-
-Image = Any  # whatever `slicing.image_io.open_image` takes: path, bytes, PIL image, uint8 array
-
-
-class PromptError(ValueError):
-    """What is asked cannot be answered: no text, too long, or images, ids or limits that do not fit it."""
+from uhd_jax.slicing.video import open_video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +44,7 @@ class Prepared:
 
     @property
     def plans(self) -> tuple[Plan, ...]:
-        """One per image."""
+        """One per image or picture of a video."""
         return self.sample.plans
 
 
@@ -76,25 +72,42 @@ class Assistant:
         self.max_length = max_length
 
     def prepare(
-        self, prompt: str, images: Sequence[Image] = (), *, max_slices: int | None = None, mode: str | None = None
+        self,
+        prompt: str | Conversation,
+        images: Sequence[Image] = (),
+        videos: Sequence[Video] = (),
+        *,
+        max_slices: int | None = None,
+        mode: str | None = None,
+        thinking: bool | None = None,
     ) -> Prepared:
         """What the model would see: ids, plans and patches of a question about images, which stand before it.
 
         Args:
-          prompt: the question; marks such as "<image>" in it are read as plain text.
-          images: paths, bytes, PIL images or uint8 arrays.
+          prompt: the question; marks such as "<image>" in it are read as plain text. Or a conversation: a list of
+            messages `{"role": .., "content": ..}`, the content a text or a list of `{"type": "text", "text": ..}`,
+            `{"type": "image", "image": ..}` and `{"type": "video", "video": ..}`.
+          images: paths, bytes, PIL images or uint8 arrays; a conversation has its own.
+          videos: paths, `slicing.video.Video` or lists of frames, cut as `config.video` says; after the images.
           max_slices: slices per image at most, 1 for the thumbnail alone; None for the config's limit.
           mode: "16x" or "4x"; None for the config's.
+          thinking: whether the model is to think first, where its prompt form can say so; None for its own habit.
 
         Raises:
-          ImageRefused: an image cannot be used.
-          PromptError: the prompt is no text or too long.
+          ImageRefused: an image or a video cannot be used.
+          PromptError: the prompt is no text or conversation, or too long.
         """
-        _check_text(prompt)
-        pixels = self._open(images)
-        plans = [self._plan(image, max_slices, mode) for image in pixels]
-        parts = (*(ImagePart(i) for i in range(len(plans))), prompt)
-        sample = encode_chat([Message("user", parts)], plans, self.tokenizer, self.config.chat, generate=True)
+        messages, sources = parse(prompt, images, videos, self._open_shown)
+        pixels = [picture for shown in sources for picture in shown.pictures]
+        plans = [
+            self._plan(picture, self.config.video.max_slices if shown.is_video else max_slices, mode)
+            for shown in sources
+            for picture in shown.pictures
+        ]
+        try:
+            sample = encode_chat(messages, plans, self.tokenizer, self.config.chat, generate=True, thinking=thinking)
+        except ChatError as error:
+            raise PromptError(str(error)) from error
         if len(sample.tokens) > self.max_length:
             visual = sum(plan.visual_tokens for plan in plans)
             raise PromptError(
@@ -127,6 +140,7 @@ class Assistant:
         self,
         token_ids: Sequence[int] | np.ndarray,
         images: Sequence[Image] = (),
+        videos: Sequence[Video] = (),
         *,
         max_slices: int | None = None,
         mode: str | None = None,
@@ -138,25 +152,36 @@ class Assistant:
             visual tokens.
         """
         tokens = _checked_ids(token_ids, self.config.decoder.vocab_size)
-        pixels = self._open(images)
-        plans = [self._plan(image, max_slices, mode) for image in pixels]
-        places = np.flatnonzero(tokens == self.tokenizer.special(self.config.chat.placeholder))
-        of_view, token_of_view = visual_places(plans, self.config.chat)
-        if len(places) != len(of_view):
-            sizes = ", ".join(f"{plan.image}: {plan.visual_tokens}" for plan in plans) or "none"
-            raise PromptError(
-                f"{len(places)} placeholders among the ids, but {len(of_view)} visual tokens (per image {sizes})"
-            )
+        chat = self.config.chat
         view, view_token = np.full(len(tokens), -1, np.int32), np.zeros(len(tokens), np.int32)
-        view[places], view_token[places] = of_view, token_of_view
+        pixels: list[np.ndarray] = []
+        plans: list[Plan] = []
+        for opened, mark, limit in (
+            (self._open(images), chat.placeholder, max_slices),
+            (self._open_videos(videos), chat.video_placeholder, self.config.video.max_slices),
+        ):
+            if not opened and mark == chat.video_placeholder:
+                continue
+            own = [self._plan(picture, limit, mode) for picture in opened]
+            places = np.flatnonzero(tokens == self.tokenizer.special(mark))
+            of_view, token_of_view = visual_places(own, chat)
+            if len(places) != len(of_view):
+                sizes = ", ".join(f"{plan.image}: {plan.visual_tokens}" for plan in own) or "none"
+                raise PromptError(
+                    f"{len(places)} placeholders among the ids, but {len(of_view)} visual tokens (per image {sizes}); "
+                    f"the placeholder is {mark}"
+                )
+            view[places], view_token[places] = of_view + sum(len(plan.views) for plan in plans), token_of_view
+            pixels, plans = pixels + opened, plans + own
         sample = EncodedSample(tokens, np.zeros(len(tokens), bool), view, view_token, tuple(plans))
         batch = self._batch([Prepared(sample, self._views(pixels, plans))], mode)
         return np.asarray(_logits(self.params, batch, self.config, mode))[0, : len(tokens)]
 
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Conversation | Sequence[str | Conversation],
         images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
@@ -165,13 +190,15 @@ class Assistant:
         seed: int = 0,
         max_slices: int | None = None,
         mode: str | None = None,
+        thinking: bool | None = None,
         stream: Callable[[str], None] | None = None,
     ) -> str | list[str]:
         """Answers one prompt, or a batch of prompts of different lengths and image counts.
 
         Args:
-          prompt: a question, or a list of them.
+          prompt: a question or a conversation (as in `prepare`), or a list of them.
           images: the question's images; for a list of questions, a list of images for each.
+          videos: likewise.
           max_new_tokens: length limit of an answer, at least 1.
           temperature: 0 for greedy.
           top_k: keep the k likeliest tokens when sampling; 0 keeps all.
@@ -179,6 +206,7 @@ class Assistant:
           seed: of sampling, from 0 to 2**32 - 1.
           max_slices: slices per image at most; None for the config's limit.
           mode: "16x" or "4x"; None for the config's.
+          thinking: whether to think first, as in `prepare`.
           stream: called with each new piece of text; for a single prompt only.
 
         Returns:
@@ -192,13 +220,13 @@ class Assistant:
         sampling = Sampling(temperature, top_k, top_p, seed)
         if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
             raise PromptError(f"max_new_tokens={max_new_tokens!r}: must be a whole number of at least 1")
-        single = isinstance(prompt, str)
+        single = is_single(prompt)
         if stream is not None and not single:
             raise PromptError("streaming is for a single prompt")
         prepared = []
-        for index, (text, own) in enumerate(_requests(prompt, images)):
+        for index, request in enumerate(requests(prompt, images, videos)):
             try:
-                prepared.append(self.prepare(text, own, max_slices=max_slices, mode=mode))
+                prepared.append(self.prepare(*request, max_slices=max_slices, mode=mode, thinking=thinking))
                 self._check_room(prepared[-1], max_new_tokens)
             except (PromptError, ImageRefused, TypeError) as error:
                 if single:
@@ -231,7 +259,7 @@ class Assistant:
             self.config,
             batch,
             max_new_tokens=max_new_tokens,
-            stop={self.tokenizer.special(chat.turn_end), self.tokenizer.special(chat.padding)},
+            stop={self.tokenizer.special(mark) for mark in (chat.turn_end, chat.padding, *chat.stop)},
             sampling=sampling,
             cache_length=_room(max(batch.tokens.shape[1], longest + max_new_tokens)),
             mode=mode,
@@ -242,11 +270,14 @@ class Assistant:
         return [self.tokenizer.decode(answer) for answer in answers[: len(prepared)]]
 
     def _open(self, images: Sequence[Image]) -> list[np.ndarray]:
-        # One image is iterable too: an array would be read as a list of its pixel rows, a path as its letters.
-        if not isinstance(images, list | tuple):
-            kind = type(images).__name__
-            raise PromptError(f"images must be a list, not {kind}; for one image write images=[image]")
-        return [open_image(image, self.config.slicing.limits) for image in images]
+        return [open_image(image, self.config.slicing.limits) for image in as_list(images, "image")]
+
+    def _open_videos(self, videos: Sequence[Video]) -> list[np.ndarray]:
+        return [picture for video in as_list(videos, "video") for picture in self._open_shown(video, True)]
+
+    def _open_shown(self, source: Any, is_video: bool) -> list[np.ndarray]:
+        limits = self.config.slicing.limits
+        return open_video(source, self.config.video, limits) if is_video else [open_image(source, limits)]
 
     def _plan(self, image: np.ndarray, max_slices: int | None, mode: str | None) -> Plan:
         return plan_image(Size(*image.shape[:2]), self.config, mode, max_slices)
@@ -270,31 +301,6 @@ class Assistant:
 
 _encode = jax.jit(uhd.encode_views, static_argnames=("config", "mode"))
 _logits = jax.jit(uhd.logits, static_argnames=("config", "mode"))
-
-
-def _requests(prompt: Any, images: Any) -> list[tuple[Any, Any]]:
-    """Each prompt with its images."""
-    if isinstance(prompt, str):
-        return [(prompt, images)]
-    if not isinstance(prompt, list | tuple):
-        raise PromptError(f"prompt must be text (str) or a list of texts, not {type(prompt).__name__}")
-    if not isinstance(images, list | tuple) or not all(isinstance(own, list | tuple) for own in images):
-        raise PromptError("a list of prompts needs a list of images for each: images=[[first, second], [], [third]]")
-    if images and len(images) != len(prompt):
-        raise PromptError(f"{len(prompt)} prompts, but {len(images)} lists of images")
-    return list(zip(prompt, images or [()] * len(prompt), strict=True))
-
-
-def _check_text(prompt: Any) -> None:
-    if not isinstance(prompt, str):
-        raise PromptError(f"a prompt must be text (str), not {type(prompt).__name__}")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # what Python makes of a command line's bytes that are not UTF-8
-        raise PromptError(
-            f"the prompt is not valid Unicode: its character {error.start} is the lone surrogate "
-            f"{ascii(prompt[error.start])}; give the prompt in UTF-8"
-        ) from None
 
 
 def _checked_ids(token_ids: Any, vocab_size: int) -> np.ndarray:
