@@ -75,6 +75,10 @@ class ImageFolder:
         )
         return [np.asarray(picture)]
 
+    def files(self, index: int) -> list[bytes]:
+        """The file as it is; a PNG of a crop."""
+        return [image_io.read_bytes(self.images(index)[0] if self._crop else self._file(index), self._limits)]
+
     def where(self, index: int) -> str:
         """The file."""
         return str(self._file(index))

@@ -73,6 +73,17 @@ def read_size(source: Source, limits: ImageLimits = ImageLimits()) -> Size:
         return Size(width, height) if _orientation(image) in _SWAPS_SIDES else Size(height, width)
 
 
+def read_bytes(source: Source, limits: ImageLimits = ImageLimits()) -> bytes:
+    """The file of an image as it is, its header checked; a PNG of what has no file. Raises as `read_size`."""
+    with _opened(source, limits) as image:
+        if isinstance(source, (Image.Image, np.ndarray)):
+            buffer = io.BytesIO()
+            Image.fromarray(_to_rgb(image)).save(buffer, "PNG")
+            return buffer.getvalue()
+        image.fp.seek(0)
+        return image.fp.read()
+
+
 @contextlib.contextmanager
 def _opened(source: Source, limits: ImageLimits) -> Iterator[Image.Image]:
     """Yields the image, header read and checked; whatever goes wrong in here or in the body becomes `ImageRefused`."""

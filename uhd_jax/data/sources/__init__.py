@@ -1,0 +1,55 @@
+"""Sources of samples: what a `DataConfig` can name, and records of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from uhd_jax.config import ConfigError, DataConfig, ImageLimits, from_config_dict
+from uhd_jax.data.demo import DigitPages, DigitPagesOptions
+from uhd_jax.data.images import ImageFolder, ImagesOptions
+from uhd_jax.data.sources.protocol import Source, SourceError
+from uhd_jax.data.sources.records import Records, RecordsOptions
+
+__all__ = ["SOURCES", "Records", "Source", "SourceError", "SourceKind", "check_data", "make_source"]
+
+
+class SourceKind(NamedTuple):
+    """A source that a `DataConfig` can name."""
+
+    options: type  # a dataclass: what `DataConfig.options` must be
+    open: Callable[[Any, ImageLimits], Source]  # from these options
+
+
+# By the name that `DataConfig.source` uses; programs may add their own.
+SOURCES: dict[str, SourceKind] = {
+    "digit_pages": SourceKind(DigitPagesOptions, lambda options, limits: DigitPages(options)),
+    "images": SourceKind(ImagesOptions, ImageFolder),
+    "records": SourceKind(RecordsOptions, lambda options, limits: Records.from_jsonl(options.path, limits)),
+}
+
+
+def check_data(data: DataConfig, key: str = "data") -> Any:
+    """The checked options of the source that a config names; nothing is opened.
+
+    Args:
+      data: source and options.
+      key: where they stand, for errors: `config.train.stages[0].data`.
+
+    Raises:
+      ConfigError: an unknown source or option; the message holds the full key.
+    """
+    if data.source not in SOURCES:
+        raise ConfigError(f"{key}.source: {data.source!r} is not one of {', '.join(SOURCES)}")
+    return from_config_dict(data.options, SOURCES[data.source].options, f"{key}.options")
+
+
+def make_source(data: DataConfig, limits: ImageLimits = ImageLimits(), key: str = "data") -> Source:
+    """The source that a config names; `key` as in `check_data`.
+
+    Raises:
+      ConfigError: an unknown source or option.
+      SourceError: a file of the source is unreadable or malformed.
+    """
+    options = check_data(data, key)
+    return SOURCES[data.source].open(options, limits)
