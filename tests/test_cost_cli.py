@@ -173,6 +173,9 @@ def test_configurations_and_sizes_side_by_side(capsys, config_file):
     assert [(cost["name"], cost["image"]) for cost in found] == [
         (name, size) for size in ([224, 336], [112, 112]) for name in names
     ]
+    twice = [f"--against={config_file}"] * 2
+    names_of_two = [cost["name"] for cost in costs(capsys, *argv[:1], *twice, "--image-size=112x112")["costs"]]
+    assert names_of_two == ["plain", "plain.py", str(config_file)]
     alone = costs(capsys, f"--config={config_file}", "--image-size=224x336")
     assert alone["stages"] and {**alone, "stages": []} == found[0]
     status, out, _ = call(capsys, "cost", *argv, *sizes)

@@ -100,10 +100,10 @@ def _check(arguments: argparse.Namespace) -> None:
 def _configs(config: RunConfig, files: Sequence[str]) -> dict[str, RunConfig]:
     """The configurations by the name that stands before their costs."""
     configs = {config.name: config}
-    for file in files:
-        label = Path(file).name
-        short = label.replace(".py", "", 1)
-        configs[label if short in configs else short] = load_file(file)
+    for name in files:
+        file, colon, argument = name.partition(":")
+        labels = (part + colon + argument for part in (Path(file).stem, Path(file).name))
+        configs[next((label for label in labels if label not in configs), name)] = load_file(name)
     return configs
 
 
