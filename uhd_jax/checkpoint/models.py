@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 import json
 import math
@@ -28,6 +29,7 @@ from uhd_jax.checkpoint.faults import (
 )
 from uhd_jax.config import ModelConfig, from_config_dict, to_dict
 
+AT_ONCE = 4  # blocks of a streamed parameter that are being written while the next is made
 DATA_FILE = 2**28  # bytes of a streamed model's files, each of which is gathered in memory
 
 
@@ -60,13 +62,14 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
             compressor = {"id": "blosc", "cname": "lz4", "clevel": 1, "shuffle": 1} if value.compress else None
             tspec["metadata"] |= {"chunks": list(value.chunk), "compressor": compressor}
             array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-            blocks, writing = iter(value.blocks()), None
+            blocks, writing = iter(value.blocks()), collections.deque()
             while (made := self._next(blocks)) is not None:
-                if writing is not None:
-                    await writing  # so long the next was made
                 place, block = made
-                writing = array[place].write(block, can_reference_source_data_indefinitely=True)
-            await writing
+                writing.append(array[place].write(block, can_reference_source_data_indefinitely=True))
+                if len(writing) > AT_ONCE:
+                    await writing.popleft()
+            for one in writing:
+                await one
 
     def _next(self, blocks: Iterator[Any]) -> Any:
         try:

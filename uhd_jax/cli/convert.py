@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from uhd_jax.cli.common import UsageError, folder
+from uhd_jax.cli.common import UsageError, folder, not_negative
 from uhd_jax.config import RunConfig, to_dict
 
 CONFIG = "optional"
@@ -55,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     combine = add("combine", "weights to start training from, out of a tower and a decoder", None, "a new folder")
     combine.add_argument("--tower", required=True, metavar="SRC", help=f"of the tower: {checkpoint}")
-    combine.add_argument("--decoder", required=True, metavar="SRC", help="of the language model, likewise")
+    combine.add_argument("--decoder", required=True, metavar="SRC", help="of the language model, with tokenizer.json")
+    combine.add_argument("--upsampler", metavar="SRC", help="of v2's pyramid: VDIM's file, or a whole v2")
+    combine.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of what no checkpoint holds")
     combine.add_argument("--upsampler", metavar="SRC", help="of VDIM, for v2's pyramid (default: random)")
     verify = add("verify", "a checkpoint in PyTorch against its import here", "the checkpoint", None)
     verify.add_argument("directory", metavar="DST", help="the folder that its import, or an export, wrote")
@@ -135,19 +137,17 @@ def _export(arguments: argparse.Namespace, _: None) -> None:
 def _combine(arguments: argparse.Namespace, config: RunConfig) -> None:
     from uhd_jax.training.start import combine
 
-    parts = arguments.tower, arguments.decoder, arguments.upsampler
-    done = combine(config.model, arguments.destination, *parts, config.train.seed, arguments.allow_pickle)
-    rows = ""
-    if done["new_rows"]:
-        marks = ", ".join(done["added_marks"]) or "none"
-        rows = f"\n{done['new_rows']} rows of the vocabulary begin as the mean of the others; added marks: {marks}"
-    print(
-        json.dumps(done | {"destination": str(arguments.destination)})
-        if arguments.json
-        else f"wrote {arguments.destination}: tower from {done['tower']}, decoder from {done['decoder']}, "
-        f"{done['parameters']:,} parameters\nposition table {done['position_table']['from']} -> "
-        f"{done['position_table']['to']}{rows}"
+    facts = combine(
+        config.model,
+        arguments.destination,
+        tower=arguments.tower,
+        decoder=arguments.decoder,
+        upsampler=arguments.upsampler,
+        seed=arguments.seed,
+        allow_pickle=arguments.allow_pickle,
     )
+    lines = [f"{key}: {value}" for key, value in facts.items()]
+    print(json.dumps(facts) if arguments.json else "\n".join([*lines, f"wrote {arguments.destination}"]))
 
 
 def _verify(arguments: argparse.Namespace, _: None) -> None:

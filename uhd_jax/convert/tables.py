@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+BLOCK = 2**24  # bytes of a parameter that are made, written and later read together
+
 
 class ConvertError(ValueError):
     """A checkpoint does not fit the table of its family."""
@@ -147,24 +149,32 @@ class Move:
         return (self.entry.forth(read(name)) for name in self.names)
 
     def blocks(
-        self, read: Callable[[str], np.ndarray], dtype: Any = None, limit: int = 2**25
+        self, read: Callable[[str], np.ndarray], dtype: Any = None, limit: int = BLOCK
     ) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-        """Ours in pieces of `block_shape`, each with its place; only one tensor of theirs is held at a time."""
-        rows = self.block_shape(dtype, limit)[1 if self.entry.stacked else 0 :][:1]
+        """Ours in pieces of `block_shape`, each with its place; one tensor of theirs is held at a time."""
+        shape, dtype = self.block_shape(dtype, limit), np.dtype(dtype or self.dtype)
+        if not self.entry.stacked or shape[0] == 1:
+            for number, layer in enumerate(self.layers(read)):
+                lead = (slice(number, number + 1),) if self.entry.stacked else ()
+                for start in range(0, layer.shape[0], shape[len(lead)]) if layer.ndim else (None,):
+                    place = () if start is None else (slice(start, min(start + shape[len(lead)], layer.shape[0])),)
+                    block = contiguous(layer[place]).astype(dtype, copy=False)
+                    yield lead + place, block.reshape((1,) * len(lead) + block.shape)
+            return
+        block = np.empty(shape, dtype)
         for number, layer in enumerate(self.layers(read)):
-            lead = (slice(number, number + 1),) if self.entry.stacked else ()
-            for start in range(0, layer.shape[0], rows[0]) if rows else (0,):
-                place = (slice(start, min(start + rows[0], layer.shape[0])),) if rows else ()
-                block = contiguous(layer[place]).astype(dtype or self.dtype, copy=False)
-                yield lead + place, block.reshape((1,) * len(lead) + block.shape)
+            block[number % shape[0]] = contiguous(layer)
+            if (done := number % shape[0] + 1) == shape[0] or number + 1 == self.shape[0]:
+                yield (slice(number + 1 - done, number + 1),), block[:done]
+                block = np.empty(shape, dtype)
 
-    def block_shape(self, dtype: Any = None, limit: int = 2**25) -> tuple[int, ...]:
-        """One layer of ours, and of that as many rows as go into `limit` bytes, evenly."""
+    def block_shape(self, dtype: Any = None, limit: int = BLOCK) -> tuple[int, ...]:
+        """As many layers of ours as go into `limit` bytes; where not even one does, so many of its rows, evenly."""
         single = self.shape[1:] if self.entry.stacked else self.shape
-        if single:
-            nbytes = math.prod(single) * np.dtype(dtype or self.dtype).itemsize
-            single = (max(1, -(-single[0] // max(1, -(-nbytes // limit)))), *single[1:])
-        return (1, *single) if self.entry.stacked else single
+        nbytes = math.prod(single) * np.dtype(dtype or self.dtype).itemsize
+        if nbytes > limit:
+            single = (max(1, -(-single[0] // -(-nbytes // limit))), *single[1:])
+        return (max(1, min(self.shape[0], limit // nbytes)), *single) if self.entry.stacked else single
 
 
 def match(
