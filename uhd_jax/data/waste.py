@@ -108,6 +108,31 @@ def measure_waste(
             patches.append(plan.patches)
     work = patch_work(model)
     buckets = plan_buckets(samples[:PLANNING_SAMPLES], packed_length, budget, work)
+    waste = packing_waste(samples, patches, buckets, work, rows, window)
+    return waste._replace(left_out=waste.left_out + len(sizes) - len(samples))
+
+
+def packing_waste(
+    samples: Sequence[Needs],
+    patches: Sequence[int],
+    buckets: Sequence[BucketConfig],
+    patch_work: float,
+    rows: int,
+    window: int,
+) -> Waste:
+    """Packs samples window by window, as training does, and counts the padding.
+
+    Args:
+      samples: needs of each; those that no bucket has room for are left out.
+      patches: of all views of each.
+      buckets: the static shapes.
+      patch_work: see the function of this name.
+      rows: rows of a batch.
+      window: samples looked at together.
+
+    Returns:
+      The shares of padding in whole batches; zeros where the samples do not fill one.
+    """
     usable = [i for i, needs in enumerate(samples) if any(fits(needs, bucket) for bucket in buckets)]
     rng = np.random.default_rng(0)
     used, allocated = np.zeros(4), np.zeros(4)
@@ -121,7 +146,8 @@ def measure_waste(
             members = [here[i] for row in batch.rows for i in row]
             tokens, views, _ = row_needs(samples[i] for i in members)
             held = sum(patches[i] for i in members)
-            used += (tokens, views, held, tokens + held * work)
+            used += (tokens, views, held, tokens + held * patch_work)
             tokens, slots, most = batch.bucket.tokens, batch.bucket.slots, batch.bucket.patches
-            allocated += np.multiply((tokens, slots, slots * most, work_of(batch.bucket, work)), rows)
-    return Waste(*(1 - used / allocated).tolist(), buckets, batches * rows, len(sizes) - len(usable))
+            allocated += np.multiply((tokens, slots, slots * most, work_of(batch.bucket, patch_work)), rows)
+    shares = 1 - used / np.where(allocated, allocated, 1) if batches else np.zeros(4)
+    return Waste(*shares.tolist(), tuple(buckets), batches * rows, len(samples) - len(usable))

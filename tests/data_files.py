@@ -1,0 +1,29 @@
+"""A JSONL file of conversations about images whose headers alone are real, for tests of what is planned from sizes."""
+
+import json
+
+import numpy as np
+from image_files import png_of
+
+
+def write_records(folder, count=60, seed=0):
+    """Samples with up to three images of many sizes; one image is missing, one is damaged. Returns the path."""
+    random = np.random.default_rng(seed)
+    lines = []
+    for number in range(count):
+        names = []
+        for image in range(random.integers(0, 4)):
+            name = f"{number}_{image}.png"
+            width, height = (int(side) for side in np.exp(random.uniform(3, 7, 2)))
+            (folder / name).write_bytes(png_of(width, height))
+            names.append(name)
+        question = [{"type": "image"} for _ in names] + [{"type": "text", "text": "What? " * int(random.integers(9))}]
+        answer = "Words. " * int(random.integers(1, 30))
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        lines.append({"messages": messages, "images": names})
+    lines[3] = {"messages": [{"role": "user", "content": "only a question"}]}
+    lines[5]["images"] = ["absent.png"]
+    lines[5]["messages"][0]["content"] = [{"type": "image"}]
+    path = folder / "train.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

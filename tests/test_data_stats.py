@@ -1,0 +1,115 @@
+"""Statistics of a stage's data: what they say of a sample is what training would do with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import numpy as np
+import pytest
+import tiny
+from data_files import write_records
+
+from uhd_jax.analysis.data_stats import StageData, stage_report
+from uhd_jax.config import BucketConfig, ChatConfig, DataConfig, PreResizeConfig, SlicingConfig, TrainConfig
+from uhd_jax.data.index import open_index
+from uhd_jax.data.sources import make_source
+from uhd_jax.data.tokenizer import load_tokenizer
+from uhd_jax.data.windows import FEWER_SLICES, REFUSED, TOO_LONG, UNTRAINED, WindowPlanner
+
+MODEL = dataclasses.replace(
+    tiny.MODEL,
+    tower=dataclasses.replace(tiny.MODEL.tower, patch_size=14),
+    slicing=SlicingConfig(scale_resolution=112, max_slices=6),
+)
+TRAIN = TrainConfig(stages=(tiny.stage(),), packing_window=32)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return DataConfig("records", {"path": str(write_records(tmp_path_factory.mktemp("records")))})
+
+
+def stage_data(data, model=MODEL, **changes):
+    stage = tiny.stage(**(dict(data=data, packed_length=300, max_slices=6, rows=2, buckets=()) | changes))
+    chat = model.for_stage(stage).chat
+    return StageData(open_index(data, [chat])[0], stage, model, TRAIN)
+
+
+BUCKETS = (BucketConfig(slots=8, tokens=200, patches=64), BucketConfig(slots=14, tokens=260, patches=128))
+
+
+@pytest.mark.parametrize(
+    ("changes", "chat"),
+    [
+        (dict(buckets=BUCKETS), ChatConfig()),
+        (dict(buckets=BUCKETS[:1], max_slices=4, scale_resolution=168), ChatConfig(use_image_id=False)),
+        (dict(packed_length=220, slots=7), ChatConfig(system="Answer.")),
+        (
+            dict(buckets=BUCKETS[1:], pre_resize=PreResizeConfig(long_side=300)),
+            ChatConfig(layout="A", train_turn_marks=True),
+        ),
+    ],
+)
+def test_what_becomes_of_a_sample_is_what_training_does(data, changes, chat):
+    model = dataclasses.replace(MODEL, chat=chat)
+    seen = stage_data(data, model, **changes)
+    fit = seen.fit()
+    source = make_source(data)
+    planner = WindowPlanner(seen.stage, seen.model, TRAIN, source, load_tokenizer("bytes", chat))
+    assert fit.buckets == planner.buckets
+    counters = Counter()
+    for place in range(len(source)):
+        sample, problem = planner._encode(place, planner.buckets)
+        number = int(planner._stream[place])
+        counters.update([problem.counter] if problem else [])
+        assert fit.kept[number] == (sample is not None)
+        if sample:
+            needs = (fit.tokens[number], fit.views[number], fit.largest[number])
+            assert needs == sample.needs
+            assert fit.patches[number] == sum(plan.patches for plan in sample.plans)
+            assert fit.trained[number] == sample.trained.sum()
+    assert fit.counters == dict(counters)
+    assert fit.counters[REFUSED] == 1 and fit.counters.get(TOO_LONG, 0) > 0
+
+
+def test_reasons_are_given_with_examples(data):
+    fit = stage_data(data, buckets=BUCKETS[:1]).fit()
+    assert fit.counters[TOO_LONG] > 3 == len(fit.examples[TOO_LONG])
+    assert fit.examples[UNTRAINED] == [(3, "no answer to train on")]
+    ((number, reason),) = fit.examples[REFUSED]
+    assert number == 5 and "absent.png" in reason
+    assert all(f"{fit.limits[number]} instead of 6" in reason for number, reason in fit.examples[FEWER_SLICES])
+
+
+def test_more_programs_waste_less(data):
+    report, fit = stage_report(stage_data(data), (1, 4))
+    assert [one["name"] for one in report["bucket_lists"]] == [
+        "planned, at most 2",
+        "planned, at most 1",
+        "planned, at most 4",
+    ]
+    own, one, four = (found["padding"] for found in report["bucket_lists"])
+    assert 0 < four["work"] < own["work"] < one["work"] < 0.9
+    assert (
+        report["kept"]
+        == fit.kept.sum()
+        == 60 - sum(count for name, count in fit.counters.items() if name != FEWER_SLICES)
+    )
+    assert report["tokens"]["max"] == fit.tokens.max() <= 300
+    assert report["samples"] == 60 and report["image_height"]["min"] >= 20
+
+
+def test_nothing_usable_is_no_error(data):
+    report, fit = stage_report(stage_data(data, packed_length=2), (1,))
+    assert not fit.kept.any() and report["tokens"] is None and report["kept"] == 0
+    assert report["bucket_lists"][0]["padding"]["work"] is None
+
+
+def test_refilled_images_are_drawn(data):
+    always = dict(pre_resize=PreResizeConfig(refill_probability=1.0), packed_length=2000)
+    never = stage_data(data, packed_length=2000).fit()
+    refilled = stage_data(data, **always).fit()
+    half = stage_data(data, packed_length=2000, pre_resize=PreResizeConfig(refill_probability=0.5)).fit()
+    assert never.patches.sum() < half.patches.sum() < refilled.patches.sum()
+    assert np.array_equal(never.trained, refilled.trained)

@@ -1,0 +1,295 @@
+"""An index of a source: sizes of all images and lengths of all texts, kept in a small file next to the data.
+
+Sizes come from headers; no pixel is decoded. How many tokens a sample has follows from its text and the plans of its
+images, and both parts are apart in the index: sizes serve every slicing, and a text is counted once per prompt form and
+tokenizer, with each image as one view of one visual token. `analysis.data_stats` puts them together again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from uhd_jax.config import ChatConfig, DataConfig, ImageLimits, to_dict
+from uhd_jax.data import workers
+from uhd_jax.data.chat import ChatError, EncodedSample, ImagePart, Message, encode_chat
+from uhd_jax.data.record_format import RecordError
+from uhd_jax.data.sources import Source, SourceError, make_source
+from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
+from uhd_jax.data.windows import REFUSED
+from uhd_jax.slicing.plan import ImageRefused, Plan, Size, ViewPlan
+from uhd_jax.slicing.sizes import Grid
+
+SUFFIX = ".uhd-index.npz"
+MALFORMED = "samples_dropped_malformed"  # a record that the source, or a conversation that the prompt form, cannot take
+STRETCH = 512  # samples that a worker reads at a time
+_VERSION = 1
+_COMPARED = 16  # samples read anew before an index is used again: what stands in a folder shows no time of change
+
+_ONE = ViewPlan(Size(1, 1), Grid(1, 1), 1)
+REFERENCE = Plan(Size(1, 1), Size(1, 1), 0, Grid(0, 0), _ONE, (), False)  # one view of one visual token
+
+
+class Trouble(NamedTuple):
+    """Why a sample cannot be used."""
+
+    counter: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Lengths of N samples in one prompt form and tokenizer, their images as `REFERENCE`."""
+
+    tokens: np.ndarray  # int32[N]; 0 for a sample that is in trouble
+    trained: np.ndarray  # int32[N]; newlines between slices, which `train_turn_marks` trains in layout "v4", aside
+    troubles: dict[int, Trouble]  # by the number of the sample
+
+
+@dataclasses.dataclass(frozen=True)
+class DataIndex:
+    """Sizes of the images of N samples, and their texts by `chat_key`."""
+
+    starts: np.ndarray  # int64[N + 1]: images of sample i are sizes[starts[i]:starts[i + 1]]
+    sizes: np.ndarray  # int32[images, 2], (height, width)
+    troubles: dict[int, Trouble]  # samples whose images cannot be opened, or whose record is malformed
+    texts: dict[str, Texts]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @functools.cached_property
+    def images(self) -> np.ndarray:
+        """int64[N]: images per sample; 0 for one in trouble."""
+        return np.diff(self.starts)
+
+    def sizes_of(self, sample: int) -> list[Size]:
+        """The sizes of a sample's images."""
+        return [Size(*size) for size in self.sizes[self.starts[sample] : self.starts[sample + 1]].tolist()]
+
+
+def chat_key(chat: ChatConfig, tokenizer: Tokenizer) -> str:
+    """Names a prompt form with its tokenizer. A tokenizer that has moved is the same one."""
+    facts = to_dict(dataclasses.replace(chat, tokenizer=""))
+    definition, _, template = tokenizer.__reduce__()[1]
+    return hashlib.sha256(json.dumps([facts, definition, template], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def index_path(data: DataConfig) -> Path | None:
+    """Where an index is kept: beside the file, or in the folder, that the source names; None where it names none."""
+    name = data.options.get("path")
+    if not isinstance(name, str) or not os.path.exists(name):
+        return None
+    path = Path(name)
+    return path / f"data{SUFFIX}" if path.is_dir() else path.with_name(path.name + SUFFIX)
+
+
+def open_index(
+    data: DataConfig,
+    chats: Sequence[ChatConfig],
+    limits: ImageLimits = ImageLimits(),
+    path: Path | None = None,
+    processes: int = 1,
+    progress: Callable[[int, int], None] = lambda done, count: None,
+) -> tuple[DataIndex, bool]:
+    """The index of a source, from its file where that is still right, else made and written.
+
+    Args:
+      data: the source.
+      chats: prompt forms whose lengths are wanted, with the tokenizers that they name; may be none.
+      limits: what an image may be.
+      path: the file of the index; None: not kept.
+      processes: that read the data.
+      progress: called with samples done and samples in all.
+
+    Returns:
+      The index, and whether it had to be made.
+
+    Raises:
+      ConfigError, SourceError, NoImages, TokenizerError: the source or a tokenizer cannot be opened.
+      WorkerError: a process is gone.
+      OSError: the file cannot be written.
+    """
+    source = make_source(data, limits)
+    tokenizers = {
+        key: (chat, tokenizer)
+        for chat in chats
+        for tokenizer in [load_tokenizer(chat.tokenizer, chat)]
+        for key in [chat_key(chat, tokenizer)]
+    }
+    stamp = {"version": _VERSION, "count": len(source), "data": _stamp(data, path), "limits": to_dict(limits)}
+    kept = _load(path, stamp) if path else None
+    if kept and not _still_right(kept, source, tokenizers):
+        kept = None
+    missing = [chat for key, (chat, _) in tokenizers.items() if kept is None or key not in kept.texts]
+    if kept and not missing:
+        return kept, False
+    made = _make(_Job(data, limits, tuple(missing), kept is None), len(source), processes, progress)
+    if kept:
+        for texts in made.texts.values():
+            for array in (texts.tokens, texts.trained):
+                array[list(kept.troubles)] = 0  # whose images nobody has looked at this time
+        made = dataclasses.replace(kept, texts={**kept.texts, **made.texts})
+    if path:
+        _save(path, made, stamp)
+    return made, True
+
+
+def measure(
+    source: Source, sample: int, chats: Mapping[str, tuple[ChatConfig, Tokenizer]], sizes: bool = True
+) -> tuple[list[Size], Trouble | None, dict[str, tuple[int, int] | Trouble]]:
+    """What an index says of a sample: sizes, what is wrong, and per prompt form its tokens and trained tokens."""
+    try:
+        found = source.sizes(sample) if sizes else []
+        messages = source.messages(sample)
+    except ImageRefused as error:
+        return [], Trouble(REFUSED, str(error)), {}
+    except (SourceError, RecordError) as error:
+        return [], Trouble(MALFORMED, str(error)), {}
+    parts = [part for message in messages for part in message.parts if not isinstance(part, str)]
+    images = sum(1 if isinstance(part, ImagePart) else part.pictures for part in parts)
+    if sizes and images != len(found):
+        return [], Trouble(MALFORMED, f"{len(found)} images, but the messages show {images}"), {}
+    lengths: dict[str, tuple[int, int] | Trouble] = {}
+    for key, (chat, tokenizer) in chats.items():
+        try:
+            encoded = encode_chat(messages, [REFERENCE] * images, tokenizer, chat)
+            lengths[key] = len(encoded.tokens), int(encoded.trained.sum())
+        except ChatError as error:
+            lengths[key] = Trouble(MALFORMED, str(error))
+    return found, None, lengths
+
+
+def block_tokens(plan: Plan, tokenizer: Tokenizer, chat: ChatConfig) -> int:
+    """How many tokens more a sample has when an image of it is seen as `plan` instead of as `REFERENCE`."""
+    messages = (Message("user", (ImagePart(0),)), Message("assistant", ("a",)))
+
+    def length(seen: Plan) -> int:
+        encoded: EncodedSample = encode_chat(messages, [seen], tokenizer, chat)
+        return len(encoded.tokens)
+
+    return length(plan) - length(REFERENCE)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """Measures stretches of samples."""
+
+    data: DataConfig
+    limits: ImageLimits
+    chats: tuple[ChatConfig, ...]
+    sizes: bool
+
+    def open(self) -> Callable[[range], list]:
+        source = make_source(self.data, self.limits)
+        chats = {}
+        for chat in self.chats:
+            tokenizer = load_tokenizer(chat.tokenizer, chat)
+            chats[chat_key(chat, tokenizer)] = chat, tokenizer
+        return lambda stretch: [measure(source, sample, chats, self.sizes) for sample in stretch]
+
+
+def _make(job: _Job, count: int, processes: int, progress: Callable[[int, int], None]) -> DataIndex:
+    images = np.zeros(count, np.int64)
+    sizes: list[np.ndarray] = []
+    troubles: dict[int, Trouble] = {}
+    texts: dict[str, Texts] = {}
+    for chat in job.chats:
+        key = chat_key(chat, load_tokenizer(chat.tokenizer, chat))
+        texts[key] = Texts(np.zeros(count, np.int32), np.zeros(count, np.int32), {})
+    stretches = workers.stretches(count, STRETCH)
+    for stretch, results in zip(stretches, workers.run(job, stretches, processes), strict=True):
+        found = [size for result in results for size in result[0]]
+        sizes.append(np.array(found, np.int32).reshape(-1, 2))
+        for sample, (its_sizes, trouble, lengths) in zip(stretch, results, strict=True):
+            images[sample] = len(its_sizes)
+            if trouble:
+                troubles[sample] = trouble
+            for key, length in lengths.items():
+                if isinstance(length, Trouble):
+                    texts[key].troubles[sample] = length
+                else:
+                    texts[key].tokens[sample], texts[key].trained[sample] = length
+        progress(stretch.stop, count)
+    all_sizes = np.concatenate(sizes) if sizes else np.zeros((0, 2), np.int32)
+    return DataIndex(np.concatenate(([0], images.cumsum())), all_sizes, troubles, texts)
+
+
+def _still_right(kept: DataIndex, source: Source, tokenizers: Mapping[str, tuple[ChatConfig, Tokenizer]]) -> bool:
+    """Whether some samples, evenly spread, are still what the index says."""
+    known = {key: pair for key, pair in tokenizers.items() if key in kept.texts}
+    for sample in np.linspace(0, len(kept) - 1, min(len(kept), _COMPARED)).astype(int).tolist():
+        sizes, trouble, lengths = measure(source, sample, known)
+        if sizes != kept.sizes_of(sample) or (trouble is None) == (sample in kept.troubles):
+            return False
+        for key, length in lengths.items():
+            texts = kept.texts[key]
+            said = texts.troubles.get(sample) or (int(texts.tokens[sample]), int(texts.trained[sample]))
+            if length != said:
+                return False
+    return True
+
+
+def _stamp(data: DataConfig, index: Path | None) -> list[Any]:
+    """The options of a source, and sizes and times of the files that they name or that stand in folders they name."""
+    facts: list[Any] = [to_dict(data)]
+    for value in data.options.values():
+        if not isinstance(value, str) or not os.path.exists(value):
+            continue
+        entries = list(os.scandir(value)) if os.path.isdir(value) else [Path(value)]
+        digest = hashlib.sha256()
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not entry.name.endswith((SUFFIX, ".partial")):
+                status = os.stat(entry)
+                digest.update(f"{entry.name!r} {status.st_size} {status.st_mtime_ns}\n".encode())
+        facts.append(digest.hexdigest())
+    return json.loads(json.dumps(facts))
+
+
+def _save(path: Path, index: DataIndex, stamp: Mapping[str, Any]) -> None:
+    arrays = {"starts": index.starts, "sizes": index.sizes}
+    meta = dict(stamp) | {"troubles": _to_json(index.troubles), "texts": {}}
+    for key, texts in index.texts.items():
+        arrays |= {f"{key}.tokens": texts.tokens, f"{key}.trained": texts.trained}
+        meta["texts"][key] = _to_json(texts.troubles)
+    arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _load(path: Path, stamp: Mapping[str, Any]) -> DataIndex | None:
+    """The index of a file; None where there is none, or it is damaged or of other data."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            meta = json.loads(arrays["meta"].tobytes())
+            if any(meta.get(key) != value for key, value in stamp.items()):
+                return None
+            texts = {
+                key: Texts(arrays[f"{key}.tokens"], arrays[f"{key}.trained"], _from_json(troubles))
+                for key, troubles in meta["texts"].items()
+            }
+            return DataIndex(arrays["starts"], arrays["sizes"], _from_json(meta["troubles"]), texts)
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
+        return None
+
+
+def _to_json(troubles: Mapping[int, Trouble]) -> list[list[Any]]:
+    return [[sample, *trouble] for sample, trouble in troubles.items()]
+
+
+def _from_json(values: Sequence[Sequence[Any]]) -> dict[int, Trouble]:
+    return {sample: Trouble(*rest) for sample, *rest in values}
