@@ -34,6 +34,22 @@ TEXT = dict(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
+HYBRID = dict(
+    num_hidden_layers=4,
+    head_dim=16,
+    layer_types=["linear_attention", "full_attention"] * 2,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    rope_parameters={
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+)
 
 
 def _alive(model):
@@ -178,8 +194,10 @@ def _text_model(kind: str, tied: bool = False):
         "llama": ("Llama", {"rms_norm_eps": 1e-5}),
         "qwen2": ("Qwen2", {}),
         "qwen3": ("Qwen3", {"head_dim": 16}),
+        "qwen3_5": ("Qwen3_5", HYBRID),
     }[kind]
-    config = getattr(transformers, f"{name}Config")(**TEXT, **extra, tie_word_embeddings=tied)
+    config_class = getattr(transformers, f"{name}TextConfig" if kind == "qwen3_5" else f"{name}Config")
+    config = config_class(**(TEXT | extra), tie_word_embeddings=tied)
     return _alive(getattr(transformers, f"{name}ForCausalLM")(config))
 
 
@@ -189,7 +207,7 @@ def _logits(model, ids: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "qwen3_5"])
 def test_language_models_there_and_back(kind, tied, tmp_path):
     model = _text_model(kind, tied)
     tensors = _tensors(model) | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
@@ -215,6 +233,20 @@ def test_language_models_there_and_back(kind, tied, tmp_path):
     loaded, report = type(model).from_pretrained(out, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     np.testing.assert_array_equal(_logits(loaded.eval(), ids), expected)
+
+
+def test_qwen3_5_with_its_vision_tower(tmp_path):
+    """The published checkpoints hold one, and layers for speculative decoding; neither is taken."""
+    model = _text_model("qwen3_5", tied=True)
+    tensors = _tensors(model)
+    text = _fields(model)
+    _, expected, params = read_checkpoint(write_checkpoint(tmp_path / "alone", tensors, text))
+    whole = {n.replace("model.", "model.language_model.", 1): tensor for n, tensor in tensors.items()}
+    whole |= {"model.visual.patch_embed.proj.weight": np.ones((3, 3)), "mtp.norm.weight": np.ones(3)}
+    fields = {"model_type": "qwen3_5", "text_config": text, "tie_word_embeddings": True, "dtype": "float32"}
+    family, config, same = read_checkpoint(write_checkpoint(tmp_path / "whole", whole, fields))
+    assert family.name == "qwen3_5_with_vision" and config.decoder == expected.decoder
+    assert_same_tree(same, params)
 
 
 def test_a_layout_of_another_language_model(tmp_path):
