@@ -26,6 +26,7 @@ from uhd_jax.slicing.video import Video
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("unoptimised")
 try:
     import torchvision
 except ImportError:

@@ -85,7 +85,7 @@ class Report:
             figures = f"{len(c.kl):>10}{c.max_abs.max():>12.2e}{c.kl.mean():>11.1e}{c.kl.max():>11.1e}"
             lines.append(f"{name:<34}{c.images:>7}{figures}{c.same_top.mean():>8.1%}")
         checked = [c.same_ids for c in self.comparisons if c.same_ids is not None]
-        ids = "not compared (its processor cannot be loaded here)"
+        ids = "not compared (it needs torchvision, or has no chat template)"
         if checked:
             ids = "the same" if all(checked) else "DIFFERENT"
         return "\n".join([*lines, f"ids of the source's own processor: {ids}"])
@@ -204,9 +204,10 @@ def _torch_model(source: Path) -> Any:
 def _processor(source: Path) -> Any:
     """The source's processor, or None where transformers cannot make it (its video part needs torchvision)."""
     try:
-        return importlib.import_module("transformers").AutoProcessor.from_pretrained(source)
+        processor = importlib.import_module("transformers").AutoProcessor.from_pretrained(source)
     except Exception:  # whatever is missing or damaged, the logits can be compared without
         return None
+    return processor if processor.chat_template else None
 
 
 def _processor_ids(processor: Any, prompt: str, count: int, ours: Assistant, images: list[Any]) -> list[int]:
