@@ -34,7 +34,7 @@ ONLY = {
     "torchvision": set(),
     "flax.linen": {"models"},
 }
-OPTIONAL = {"torch", "transformers", "av"}  # imported where they are used, with a clear error when absent
+OPTIONAL = {"torch", "transformers", "av", "fsspec", "pyarrow"}  # imported where they are used, with a clear error when absent
 MAX_LINES = 450
 
 

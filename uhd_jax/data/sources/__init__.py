@@ -8,6 +8,10 @@ from typing import Any, NamedTuple
 from uhd_jax.config import ConfigError, DataConfig, ImageLimits, from_config_dict
 from uhd_jax.data.demo import DigitPages, DigitPagesOptions
 from uhd_jax.data.images import ImageFolder, ImagesOptions
+from uhd_jax.data.sources.array_record import ArrayRecordOptions, ArrayRecords
+from uhd_jax.data.sources.arrow import ArrowDataset, ArrowOptions
+from uhd_jax.data.sources.json_file import JsonFile, JsonOptions
+from uhd_jax.data.sources.parquet import Parquet, ParquetOptions
 from uhd_jax.data.sources.protocol import Source, SourceError
 from uhd_jax.data.sources.records import Records, RecordsOptions
 
@@ -23,8 +27,12 @@ class SourceKind(NamedTuple):
 
 # By the name that `DataConfig.source` uses; programs may add their own.
 SOURCES: dict[str, SourceKind] = {
+    "array_record": SourceKind(ArrayRecordOptions, ArrayRecords),
+    "arrow": SourceKind(ArrowOptions, ArrowDataset),
     "digit_pages": SourceKind(DigitPagesOptions, lambda options, limits: DigitPages(options)),
     "images": SourceKind(ImagesOptions, ImageFolder),
+    "json": SourceKind(JsonOptions, JsonFile),
+    "parquet": SourceKind(ParquetOptions, Parquet),
     "records": SourceKind(RecordsOptions, lambda options, limits: Records.from_jsonl(options.path, limits)),
 }
 

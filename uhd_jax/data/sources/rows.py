@@ -1,0 +1,93 @@
+"""What sources of rows in files have in common: a row is read when it is asked for, and may turn out to be broken."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from uhd_jax.config import ImageLimits
+from uhd_jax.data.chat import Message
+from uhd_jax.data.sources.conversation import parse
+from uhd_jax.data.sources.paths import ImageRoot
+from uhd_jax.data.sources.protocol import SourceError
+from uhd_jax.slicing import image_io
+from uhd_jax.slicing.plan import ImageRefused, Size
+
+
+@dataclasses.dataclass(frozen=True)
+class FileOptions:
+    """Options of the sources that read rows from files (`DataConfig.options`)."""
+
+    path: str  # a file; or a folder or a pattern, whose files are read in the order of their names
+    image_root: str = ""  # folder that paths of images are relative to; empty: the folder of the file
+
+
+class RowSource(abc.ABC):
+    """Samples from rows of files: pickled by its options, opened anew by whoever unpickles it."""
+
+    def __init__(self, options: FileOptions, limits: ImageLimits, folder: str = ""):
+        self._options, self._limits = options, limits
+        self._root = ImageRoot(options.image_root or folder)
+        self._local = threading.local()
+
+    def __reduce__(self):
+        return type(self), (self._options, self._limits)
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    @abc.abstractmethod
+    def _row(self, index: int) -> Mapping[str, Any]:
+        """A row in a form of `conversation`. Raises `SourceError` without the place."""
+
+    @abc.abstractmethod
+    def where(self, index: int) -> str:
+        """The file and the row in it, from 1."""
+
+    def sizes(self, index: int) -> list[Size]:
+        """Sizes from the headers of the images."""
+        return [image_io.read_size(image, self._limits) for image in self._opened(index)]
+
+    def messages(self, index: int) -> tuple[Message, ...]:
+        """The conversation of a row."""
+        return self._sample(index)[0]
+
+    def images(self, index: int) -> list[np.ndarray]:
+        """The decoded images."""
+        return [image_io.open_image(image, self._limits) for image in self._opened(index)]
+
+    def files(self, index: int) -> list[bytes]:
+        """The files of the images, byte for byte."""
+        return [image_io.read_bytes(image, self._limits) for image in self._opened(index)]
+
+    def _parse(self, index: int) -> tuple[tuple[Message, ...], list[Any]]:
+        return parse(self._row(index))
+
+    def _sample(self, index: int) -> tuple[tuple[Message, ...], list[Any]]:
+        """Messages and images. A thread keeps its last: sizes and messages are asked for one after the other."""
+        last = getattr(self._local, "last", None)
+        if last is None or last[0] != index:
+            if not 0 <= index < len(self):
+                raise IndexError(index)
+            try:
+                last = (index, self._parse(index))
+            except SourceError as error:
+                raise SourceError(f"{self.where(index)}: {error}") from None
+            self._local.last = last
+        return last[1]
+
+    def _opened(self, index: int) -> list[Any]:
+        """The images as `image_io` takes them."""
+        opened = []
+        for number, image in enumerate(self._sample(index)[1]):
+            try:
+                opened.append(self._root.open(image, self._limits.max_bytes) if isinstance(image, str) else image)
+            except ImageRefused as error:
+                raise ImageRefused(f"image {number + 1}: {error}") from None
+        return opened
