@@ -126,7 +126,7 @@ def open_index(
         for tokenizer in [load_tokenizer(chat.tokenizer, chat)]
         for key in [chat_key(chat, tokenizer)]
     }
-    stamp = {"version": _VERSION, "count": len(source), "data": _stamp(data, path), "limits": to_dict(limits)}
+    stamp = {"version": _VERSION, "count": len(source), "data": data_stamp(data), "limits": to_dict(limits)}
     kept = _load(path, stamp) if path else None
     if kept and not _still_right(kept, source, tokenizers):
         kept = None
@@ -239,7 +239,7 @@ def _still_right(kept: DataIndex, source: Source, tokenizers: Mapping[str, tuple
     return True
 
 
-def _stamp(data: DataConfig, index: Path | None) -> list[Any]:
+def data_stamp(data: DataConfig) -> list[Any]:
     """The options of a source, and sizes and times of the files that they name or that stand in folders they name."""
     facts: list[Any] = [to_dict(data)]
     for value in data.options.values():
@@ -248,7 +248,7 @@ def _stamp(data: DataConfig, index: Path | None) -> list[Any]:
         entries = list(os.scandir(value)) if os.path.isdir(value) else [Path(value)]
         digest = hashlib.sha256()
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if not entry.name.endswith((SUFFIX, ".partial")):
+            if not entry.name.startswith(".") and not entry.name.endswith(SUFFIX):
                 status = os.stat(entry)
                 digest.update(f"{entry.name!r} {status.st_size} {status.st_mtime_ns}\n".encode())
         facts.append(digest.hexdigest())
