@@ -59,8 +59,11 @@ def test_generate_streams_or_prints_json(capsys, monkeypatch, tmp_path):
     argv = ("generate", "--checkpoint=c", "--prompt=What?", "--image=a.png", "--image", "b.png", "--top-k=3")
     assert call(capsys, *argv) == (0, "four two\n", "")
     assert echo.seen[:2] == ("What?", ["a.png", "b.png"]) and echo.seen[2]["top_k"] == 3
-    out = call(capsys, *argv, "--json", f"--out={tmp_path / 'answer.json'}")[1]
-    assert json.loads(out) == {"prompt": "What?", "images": ["a.png", "b.png"], "answer": "four two"}
+    assert echo.seen[2]["thinking"] is None and echo.seen[2]["videos"] == []
+    out = call(capsys, *argv, "--video=c.mp4", "--no-thinking", "--json", f"--out={tmp_path / 'answer.json'}")[1]
+    assert echo.seen[2]["thinking"] is False and echo.seen[2]["videos"] == ["c.mp4"]
+    asked = {"prompt": "What?", "images": ["a.png", "b.png"], "videos": ["c.mp4"]}
+    assert json.loads(out) == asked | {"answer": "four two"}
     assert json.loads((tmp_path / "answer.json").read_text()) == json.loads(out)
 
 
@@ -77,7 +80,7 @@ def test_generate_shows_what_the_output_can_and_keeps_the_rest(monkeypatch, tmp_
     sys.stdout.flush()
     answer, printed = sys.stdout.buffer.getvalue().decode("ascii").splitlines()
     assert answer == "h? ?"
-    expected = {"prompt": "h\u00e9?", "images": [image], "answer": "h\u00e9 \U0001f600"}
+    expected = {"prompt": "h\u00e9?", "images": [image], "videos": [], "answer": "h\u00e9 \U0001f600"}
     assert json.loads(printed) == json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == expected
 
 

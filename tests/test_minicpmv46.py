@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 import uhd_jax
 from uhd_jax.convert.families import find_family
 from uhd_jax.convert.minicpmv46 import MINICPM_V_4_6
-from uhd_jax.convert.source import open_source
-from uhd_jax.convert.tables import ConvertError, export_tensors
+from uhd_jax.convert.source import Source, open_source
+from uhd_jax.convert.tables import ConvertError, export_tensors, match
+from uhd_jax.generation.assistant import _abstract_params
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -212,3 +213,53 @@ def test_an_export_needs_a_tokenizer(folder, tmp_path):
         config = MINICPM_V_4_6.config(source)
     with pytest.raises(ConvertError, match="needs the model's tokenizer"):
         MINICPM_V_4_6.write_files(config, None, tmp_path)
+
+
+FULL_VISION = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16)
+FULL_TEXT = {
+    "qwen3_5_text": dict(
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=256,
+        linear_num_key_heads=16,
+        linear_num_value_heads=16,
+        vocab_size=248_094,
+        tie_word_embeddings=True,
+    ),
+    "qwen3": dict(
+        hidden_size=4096,
+        intermediate_size=12_288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151_936,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "parameters"), [("qwen3_5_text", 1_300_428_016), ("qwen3", 8_753_160_624)])
+def test_released_sizes_by_shape_alone(folder, tmp_path, kind, parameters):
+    text = {"model_type": kind, **FULL_TEXT[kind]}
+    config = transformers.MiniCPMV4_6Config(
+        text_config=text,
+        vision_config=FULL_VISION | {"image_size": 980, "patch_size": 14},
+        image_token_id=258,
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
+    with torch.device("meta"):
+        theirs = transformers.MiniCPMV4_6ForConditionalGeneration(config)
+    config.save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "preprocessor_config.json"):
+        (tmp_path / file).write_text((folder / file).read_text())
+    source = Source(tmp_path, {})
+    ours = MINICPM_V_4_6.config(source)
+    infos = {name: jax.ShapeDtypeStruct(p.shape, np.float32) for name, p in theirs.named_parameters()}
+    abstract = _abstract_params(ours)
+    match(MINICPM_V_4_6.table(ours), infos, abstract)
+    assert sum(np.prod(info.shape) for info in infos.values()) == parameters
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == parameters

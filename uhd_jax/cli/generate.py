@@ -3,7 +3,7 @@
   uhd-jax generate --checkpoint=runs/quickstart --image=page.png --prompt="Transcribe."
 
 The answer appears while it is made; with --json it is printed whole, as JSON. Several --image are given to the model in
-their order, before the prompt.
+their order, then several --video, before the prompt.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the folder of a training run or of a model")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
     parser.add_argument("--image", action="append", default=[], metavar="F", help="an image file; may be repeated")
+    parser.add_argument(
+        "--video", action="append", default=[], metavar="F", help="a video file or an animation; may be repeated"
+    )
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--temperature", type=number, default=0.0, metavar="X", help="0 always takes the likeliest token (default)"
@@ -33,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=not_negative, default=0, metavar="N", help="sample from N tokens; 0: from all")
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="seed of sampling")
     parser.add_argument("--mode", choices=MODES, help="4x leaves the compressor out (default: the model's)")
+    parser.add_argument(
+        "--thinking", action=argparse.BooleanOptionalAction, help="think before the answer (default: the model's habit)"
+    )
     parser.add_argument("--max-slices", type=positive, metavar="N", help="replaces the model's limit")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the bare answer")
     parser.add_argument("--out", type=file_to_write, metavar="F.json", help="also write the JSON to a file")
@@ -45,6 +51,7 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
     answer = uhd_jax.load(arguments.checkpoint).generate(
         arguments.prompt,
         images=arguments.image,
+        videos=arguments.video,
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
@@ -52,9 +59,10 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
         seed=arguments.seed,
         max_slices=arguments.max_slices,
         mode=arguments.mode,
+        thinking=arguments.thinking,
         stream=None if arguments.json else _show,
     )
-    result = {"prompt": arguments.prompt, "images": arguments.image, "answer": answer}
+    result = {"prompt": arguments.prompt, "images": arguments.image, "videos": arguments.video, "answer": answer}
     print(json.dumps(result) if arguments.json else "")
     if arguments.out:
         write_json(arguments.out, result)
