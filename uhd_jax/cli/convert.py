@@ -58,7 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     combine.add_argument("--decoder", required=True, metavar="SRC", help="of the language model, with tokenizer.json")
     combine.add_argument("--upsampler", metavar="SRC", help="of v2's pyramid: VDIM's file, or a whole v2")
     combine.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of what no checkpoint holds")
-    combine.add_argument("--upsampler", metavar="SRC", help="of VDIM, for v2's pyramid (default: random)")
     verify = add("verify", "a checkpoint in PyTorch against its import here", "the checkpoint", None)
     verify.add_argument("directory", metavar="DST", help="the folder that its import, or an export, wrote")
     verify.add_argument("--image", action="append", default=[], metavar="F", help="an image file; may be repeated")
