@@ -12,6 +12,8 @@ from uhd_jax.batch import Batch
 from uhd_jax.config import RunConfig
 from uhd_jax.data.pipeline import BatchIterator, make_iterator
 from uhd_jax.data.sources import make_source
+from uhd_jax.sharding.mesh import make_mesh
+from uhd_jax.sharding.multihost import row_share
 
 
 @contextlib.contextmanager
@@ -19,7 +21,7 @@ def make_batches(config: RunConfig, stage_index: int) -> Iterator[StageBatches]:
     """Opens the source of a stage; this process gets its own part of every batch."""
     stage = config.train.stages[stage_index]
     source = make_source(stage.data, config.model.slicing.limits, f"config.train.stages[{stage_index}].data")
-    process = (jax.process_index(), jax.process_count())
+    process = row_share(make_mesh(config.train.mesh)) if jax.process_count() > 1 else (0, 1)
     model = config.model.for_stage(stage)
     batches = make_iterator(stage, model, config.train, source, process=process)
     try:

@@ -28,6 +28,7 @@ from uhd_jax.checkpoint import (
 )
 from uhd_jax.config import RunConfig, StageConfig, to_dict
 from uhd_jax.models import uhd
+from uhd_jax.sharding import multihost
 from uhd_jax.sharding.mesh import make_mesh
 from uhd_jax.sharding.rules import check_rows, place_batch
 from uhd_jax.training import vdim
@@ -38,6 +39,7 @@ from uhd_jax.training.metrics import (
     Fill,
     JsonlWriter,
     Meter,
+    Quiet,
     TensorBoardWriter,
     to_number,
 )
@@ -102,6 +104,9 @@ def train(
     non-finite losses. A SIGINT after that ends the process at once; so may SIGKILL at any time: the run then continues
     from its last checkpoint, with the same losses as if nothing had happened, bit for bit on CPU.
 
+    Of several processes the first one writes and shows; of the others only warnings are shown. A signal to one or more
+    is told to all with the next step, and all leave after the same step. Data that is late is waited for then.
+
     Args:
       config: the run.
       workdir: where checkpoints, metrics.jsonl and TensorBoard files go; made if absent.
@@ -119,12 +124,17 @@ def train(
       ConfigMismatch: `workdir` holds a run of another config.
       CheckpointError: a checkpoint cannot be read or written.
       MetricsError: the log cannot be written.
-      TrainingError: `max_bad_steps` steps in a row were not finite or had nothing to train on, or a stage's data came
-        to an end.
+      TrainingError: `max_bad_steps` steps in a row were not finite or had nothing to train on, a stage's data came
+        to an end, or another process did.
     """
     run = _Run(config, Path(workdir), make_batches, make_mesh(config.train.mesh, devices), stream)
-    with Signals() as signals:
-        return run(signals)
+    try:
+        with Signals() as signals:
+            return run(signals)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise TrainingError(_why_lost(run.workdir, error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +144,7 @@ class _Pending:
     step: int
     stage_step: int
     metrics: Mapping[str, jax.Array]
+    told: tuple[jax.Array, jax.Array] | None  # of all processes: number of a signal, `Fill.numbers`; None for one alone
     info: Mapping[str, Any]
     fill: Fill
     wait_seconds: float
@@ -156,6 +167,9 @@ class _Run:
         if init_from and newest_step(workdir) is None:
             require_same_model(init_from, load_model_config(init_from), config.model)
         self.peak = cost.peak_flops(mesh.devices.flatten().tolist(), config.train.peak_flops)
+        self.together = jax.process_count() > 1
+        self.poll = multihost.Poll(mesh) if self.together else None
+        self.told: int | None = None  # a signal to any process, as all have read it
         self.saved_step: int | None = None
         self.start, self.seconds_before = time.monotonic(), 0.0
         self.empty_total = self.empty_in_a_row = 0  # steps that had nothing to train on; in a row within a stage
@@ -164,15 +178,19 @@ class _Run:
         with contextlib.ExitStack() as stack:
             stack.enter_context(claimed(self.workdir))
             self.checkpointer = Checkpointer(self.workdir, self.config.train.keep_checkpoints)
-            stack.callback(self.checkpointer.close)
+            stack.push(self._close)
             state, first, iterator = self._start_or_resume()
             step = int(state.step)
-            self.console = Console(sum(stage.steps for stage in self.config.train.stages), step, self.stream)
-            stack.callback(self.console.close)
-            self.writers = (
-                JsonlWriter(self.workdir / JSONL_FILE, step),
-                TensorBoardWriter(self.workdir / TENSORBOARD_FOLDER, step),
-            )
+            if jax.process_index() == 0:
+                self.console = Console(sum(stage.steps for stage in self.config.train.stages), step, self.stream)
+                stack.callback(self.console.close)
+                self.writers = (
+                    JsonlWriter(self.workdir / JSONL_FILE, step),
+                    TensorBoardWriter(self.workdir / TENSORBOARD_FOLDER, step),
+                )
+            else:
+                self.console, self.writers = Quiet(f"process {jax.process_index()}: ", self.stream), ()
+                stack.callback(self.console.close)
             for writer in self.writers:
                 stack.callback(writer.close)
             if self.saved_step is not None:
@@ -184,14 +202,26 @@ class _Run:
                     state = enter_stage(state, *self._optimizer(index), target, self._draw_scaffold(index, target))
                 state = self._stage(index, state, iterator, signals)
                 iterator = None
-                if signals.received:
+                if self._asked(signals):
                     break
             self.checkpointer.wait()
             finished = index == len(self.config.train.stages) - 1 and int(state.stage_step) >= self._config(index).steps
-            if signals.received:
+            if self._asked(signals):
                 saved = "nothing to save yet" if self.saved_step is None else f"step {self.saved_step} is saved"
                 self.console.say(f"interrupted: {saved}; start again to continue")
-        return TrainResult(state, int(state.step), finished, signals.received, self._elapsed())
+        return TrainResult(state, int(state.step), finished, self._asked(signals), self._elapsed())
+
+    def _asked(self, signals: Signals) -> int | None:
+        """The signal that asks this run to leave."""
+        return self.told if self.together else signals.received
+
+    def _waiting(self, signals: Signals) -> contextlib.AbstractContextManager[None]:
+        """Several processes leave after a step only, so none leaves while it waits."""
+        return contextlib.nullcontext() if self.together else signals.waiting()
+
+    def _close(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None or not self.together:  # else another process may be gone, and the writing never end
+            self.checkpointer.close()
 
     def _elapsed(self) -> float:
         return self.seconds_before + time.monotonic() - self.start
@@ -263,19 +293,20 @@ class _Run:
             )
         )
         log = _Log(self, stage, steps)
+        share = multihost.row_share(self.mesh)[1] / jax.process_count()  # of this process in the rows it provides
         with contextlib.ExitStack() as stack:
             try:
-                with signals.waiting():
+                with self._waiting(signals):
                     batches = stack.enter_context(self.make_batches(self.config, index))
                     if iterator is not None:
                         batches.set_state(iterator)
             except Interrupted:
                 return state
             iterator = batches.get_state()
-            while stage_step < stage.steps and not signals.received:
+            while stage_step < stage.steps and not self._asked(signals):
                 asked = time.monotonic()
                 try:
-                    with signals.waiting():
+                    with self._waiting(signals):
                         batch, info = next(batches)
                 except Interrupted:
                     break  # perhaps when the data had moved on: `iterator` is of before
@@ -290,9 +321,10 @@ class _Run:
                 waited = time.monotonic() - asked
                 fill = Fill.of(batch, info)
                 state, metrics = steps(state, place_batch(batch, self.mesh))
+                told = self.poll(signals.received or 0, fill.numbers(share)) if self.poll else None
                 step, stage_step = step + 1, stage_step + 1
                 too_many_bad = log.dispatched(
-                    _Pending(step, stage_step, metrics, info, fill, waited, steps.compilations)
+                    _Pending(step, stage_step, metrics, told, info, fill, waited, steps.compilations)
                 )
                 due = step % self.config.train.checkpoint_every == 0 or stage_step == stage.steps
                 if due or too_many_bad:
@@ -328,6 +360,15 @@ class _Run:
         self.saved_step = step
 
 
+def _why_lost(workdir: Path, error: Exception) -> str:
+    step, cause = newest_step(workdir), " ".join(str(error).split())[:300]
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} cannot go on, most likely because another one ended "
+        f"or cannot be reached. Start all of them again: the run goes on from "
+        f"{'its start' if step is None else f'checkpoint {step}'}. Cause: {cause}"
+    )
+
+
 def _beside_params(state: TrainState) -> dict[str, Any]:
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     del fields["params"]
@@ -357,14 +398,18 @@ class _Log:
     def _read(self) -> bool:
         run, train, entry = self._run, self._run.config.train, self._pending.popleft()
         metrics = {key: to_number(value) for key, value in jax.device_get(dict(entry.metrics)).items()}
+        fill = entry.fill
+        if entry.told is not None:
+            number, counts = jax.device_get(entry.told)
+            run.told, fill = run.told or int(number) or None, Fill.of_numbers(counts.tolist())
         now, compile_seconds = time.monotonic(), self._steps.compile_seconds
         seconds = (now - self._last_time) - (compile_seconds - self._last_compile)
         self._last_time, self._last_compile = now, compile_seconds
         if self._stage.objective == "language":
-            flops = cost.train_flops(run.config.model, entry.fill.used, self._stage.trainable)
+            flops = cost.train_flops(run.config.model, fill.used, self._stage.trainable)
         else:
-            flops = vdim.step_flops(run.config.model, entry.fill.used, self._stage.reconstruction)
-        self._meter.add(entry.fill, flops, entry.wait_seconds, seconds)
+            flops = vdim.step_flops(run.config.model, fill.used, self._stage.reconstruction)
+        self._meter.add(fill, flops, entry.wait_seconds, seconds)
         run.checkpointer.check()
         run.console.step(self._stage.name)
         bad = metrics["skipped_in_a_row"]

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,6 +44,17 @@ class Fill:
     def of(cls, batch: Batch, info: Mapping[str, Any]) -> Fill:
         """Of one batch, still in NumPy; `info["images"]`, where given, is its number of images."""
         return cls(batch_work(batch), bucket_work(batch.bucket), float(info.get("images", 0)))
+
+    def numbers(self, share: float = 1.0) -> list[float]:
+        """All counts, each times `share`, in a row."""
+        used, room = dataclasses.astuple(self.used), dataclasses.astuple(self.room)
+        return [share * count for count in (*used, *room, self.images)]
+
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[float]) -> Fill:
+        """The inverse of `numbers()`."""
+        half = len(numbers) // 2
+        return cls(Work(*numbers[:half]), Work(*numbers[half:-1]), numbers[-1])
 
     def waste(self) -> dict[str, float]:
         """Shares of the arrays that are padding: of all slots, of all patches of all slots, of all tokens."""
@@ -191,6 +202,29 @@ class Console:
         _LOGGER.propagate = True
         if self._bar is not None:
             self._bar.close()
+
+
+class Quiet:
+    """The console of a process that is not the first of its run: the package's warnings, and nothing else."""
+
+    def __init__(self, prefix: str, stream: TextIO | None = None):
+        self._warnings = _Said(lambda message: print(prefix + message, file=stream or sys.stderr, flush=True))
+        _LOGGER.addHandler(self._warnings)
+        _LOGGER.propagate = False
+
+    def step(self, stage: str) -> None:
+        """Shows nothing."""
+
+    def write(self, record: Record) -> None:
+        """Shows nothing."""
+
+    def say(self, message: str) -> None:
+        """Shows nothing."""
+
+    def close(self) -> None:
+        """Stops showing warnings."""
+        _LOGGER.removeHandler(self._warnings)
+        _LOGGER.propagate = True
 
 
 _LOGGER = logging.getLogger("uhd_jax")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
 LOCK_FILE = ".training.lock"
+SEE_SECONDS = 60.0  # for which other processes wait for the first to have written it
 
 
 class WorkdirError(RuntimeError):
@@ -23,13 +25,16 @@ def claimed(workdir: Path) -> Iterator[None]:
     Of several processes of one run, the first holds the lock for all.
 
     Raises:
-      WorkdirError: another run is at work there, or the folder cannot be made or written.
+      WorkdirError: another run is at work there, the folder cannot be made or written, or is not the one that the
+        run's first process sees.
     """
     with contextlib.ExitStack() as stack:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 _lock(stack.enter_context(open(workdir / LOCK_FILE, "a")))
+            else:
+                _see(workdir / LOCK_FILE)
         except BlockingIOError:
             raise WorkdirError(
                 f"{workdir}: another training is at work there. Wait for its end, or use another workdir"
@@ -39,6 +44,17 @@ def claimed(workdir: Path) -> Iterator[None]:
         except OSError as error:
             raise WorkdirError(f"{workdir} cannot be made or written: {error.strerror}") from error
         yield
+
+
+def _see(file: Path) -> None:
+    end = time.monotonic() + SEE_SECONDS
+    while not file.exists():
+        if time.monotonic() > end:
+            raise WorkdirError(
+                f"{file.parent}: process {jax.process_index()} does not see there what process 0 wrote. All processes "
+                f"need the same folder, on storage that their machines share"
+            )
+        time.sleep(0.1)
 
 
 def _lock(file) -> None:

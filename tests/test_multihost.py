@@ -1,0 +1,348 @@
+"""Several processes as one run: finding each other, real processes on this machine, signals and kills."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from command_line import CONFIG, call
+
+from uhd_jax.config import MeshConfig
+from uhd_jax.sharding import multihost
+from uhd_jax.sharding.mesh import ShardingError, make_mesh
+from uhd_jax.sharding.multihost import Launch, MultihostError
+from uhd_jax.training.metrics import Fill, Work
+
+pytestmark = pytest.mark.usefixtures("unoptimised", "compiled_once")
+
+ROOT = Path(__file__).parents[1]
+
+
+# --- finding each other ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def initialize(monkeypatch):
+    """Stands in for `jax.distributed.initialize`; raises `initialize.error` and notes its arguments."""
+
+    def stand_in(*arguments, **options):
+        stand_in.calls.append(arguments)
+        if stand_in.error:
+            raise stand_in.error
+
+    stand_in.calls, stand_in.error = [], None
+    monkeypatch.setattr(jax.distributed, "initialize", stand_in)
+    return stand_in
+
+
+NOTHING_FOUND = ValueError("coordinator_address should be defined.")
+
+
+def test_alone_where_nothing_is_found_or_nothing_is_looked_for(initialize):
+    initialize.error = NOTHING_FOUND
+    multihost.join(Launch(), {})
+    assert initialize.calls == [(None, None, None)]
+    multihost.join(Launch(processes=1), {})
+    assert len(initialize.calls) == 1
+
+
+def test_what_jax_finds_is_not_overruled(initialize):
+    multihost.join(Launch(processes=8), {})
+    assert initialize.calls == [(None, None, None)]
+
+
+def test_by_hand_by_flags_or_by_variables(initialize):
+    multihost.join(Launch("host:1", 2, 1), {"JAX_PROCESS_ID": "0"})
+    variables = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    multihost.join(Launch(), variables)
+    assert initialize.calls == [("host:1", 2, 1)] * 2
+    with pytest.raises(MultihostError, match="JAX_PROCESS_ID='one' is not a number"):
+        multihost.join(Launch(), variables | {"JAX_PROCESS_ID": "one"})
+
+
+@pytest.mark.parametrize(
+    ("launch", "error", "expected"),
+    [
+        (Launch("host:1"), ValueError("Number of processes must be defined."), "needs --processes .or JAX_NUM_PROC"),
+        (Launch("host:1", 2, 2), ValueError("0 <= process_id"), "--process=2 with --processes=2: 0 <= process_id"),
+        (Launch("host:1", 2, 1, start_seconds=7), RuntimeError("DEADLINE_EXCEEDED: x"), "within 7 seconds.*host:1"),
+        (Launch(), RuntimeError("Retry failed"), "other processes: Retry failed.*--processes=1 trains alone"),
+        (Launch("host:1", 2, 0), RuntimeError("must be called before any JAX calls"), "must be called before"),
+    ],
+)
+def test_why_it_did_not_work(initialize, launch, error, expected):
+    initialize.error = error
+    with pytest.raises(MultihostError, match=expected):
+        multihost.join(launch, {})
+
+
+def test_jax_says_what_is_expected_here(monkeypatch):
+    """The words by which `join` tells that JAX has found no launcher, and that it is in use already."""
+    for name in ("SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri", "KUBERNETES_SERVICE_HOST", *multihost.BY_HAND.values()):
+        monkeypatch.delenv(name, raising=False)
+    jax.devices()
+    multihost.join(Launch())
+    code = "from uhd_jax.sharding.multihost import *; import jax; join(Launch()); assert jax.process_count() == 1"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("launch", "expected"),
+    [
+        (Launch(processes=4), "--processes=4, but this run has 1: start it through srun"),
+        (Launch(devices=16), r"--devices=16, but the 1 processes of this run have 8 \(8 x cpu here\)"),
+    ],
+)
+def test_other_numbers_than_expected_are_refused(launch, expected):
+    with pytest.raises(MultihostError, match=expected):
+        multihost.check(launch, MeshConfig(), {})
+
+
+SRUN = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("launch", "mesh", "environ", "expected"),
+    [
+        (Launch(), MeshConfig(), {}, None),
+        (Launch(), MeshConfig(data=8), SRUN, None),
+        (Launch(), MeshConfig(data=2, fsdp=8), {}, "process 0 sees 8 of the 16 devices that mesh data=2 fsdp=8"),
+        (Launch(), MeshConfig(data=2, fsdp=8), SRUN, "promises; under SLURM JAX gives a task one GPU: use"),
+        (Launch(), MeshConfig(), SRUN | {"SLURM_GPUS_ON_NODE": "9", "SLURM_NTASKS_PER_NODE": "1"}, "a node of 9 GPUs"),
+        (Launch(), MeshConfig(), {"SLURM_NTASKS": "16"}, "=16, but this process trains alone: start it with srun"),
+        (Launch(), MeshConfig(), {"WORLD_SIZE": "2"}, "does not read torchrun's variables; --processes=1 says that"),
+        (Launch(processes=1), MeshConfig(), {"WORLD_SIZE": "2"}, None),
+    ],
+)
+def test_warnings_before_the_start(caplog, launch, mesh, environ, expected):
+    multihost.check(launch, mesh, environ)
+    assert [expected in message for message in caplog.messages] == ([] if expected is None else [True])
+
+
+def test_fewer_devices_than_asked_for_are_a_warning_that_names_them_and_an_error(caplog):
+    with pytest.raises(MultihostError):
+        multihost.check(Launch(devices=16), MeshConfig(), {})
+    assert "sees 8 of the 16 devices that --devices promises" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "each", "expected"),
+    [
+        ((8, 1, 1), 2, [0, 1, 2, 3]),
+        ((2, 2, 2), 2, [0, 1, 2, 3]),
+        ((2, 1, 4), 2, [0, 0, 1, 1]),  # two processes split the layers of the same rows
+        ((1, 1, 8), 4, [0, 0]),
+    ],
+)
+def test_processes_provide_rows_by_the_mesh(sizes, each, expected):
+    mesh = make_mesh(MeshConfig(*sizes))
+    shares = multihost._shares(mesh, {device: device.id // each for device in mesh.devices.flat})
+    numbers = sorted(set(shares.values()))
+    assert [numbers.index(shares[process]) for process in sorted(shares)] == expected
+    assert sorted(row for share in numbers for row in share) == list(range(16))
+    assert multihost.row_share(mesh) == (0, 1)
+
+
+def test_rows_that_are_shared_in_part_are_refused():
+    mesh = make_mesh(MeshConfig(data=4, tensor=2))
+    owners = dict(zip(mesh.devices.flat, [0, 0, 0, 1, 1, 1, 2, 2], strict=True))
+    with pytest.raises(ShardingError, match="3 processes would share rows in part"):
+        multihost._shares(mesh, owners)
+
+
+def test_what_is_told_adds_up():
+    fill = Fill(Work(1, 2, 3, 4, 5, 6), Work(7, 8, 9, 10, 11, 12), 13.0)
+    number, counts = multihost.Poll(make_mesh(MeshConfig()))(15, fill.numbers(0.5))
+    assert int(number) == 15
+    assert Fill.of_numbers([2 * count for count in counts.tolist()]) == fill
+
+
+# --- real processes -------------------------------------------------------------------------------------------------
+
+STAGE = "stages=(stage,)"
+TWO_STAGES = "stages=(dict(stage, steps=2), dict(stage, name='second', steps=2, accumulation=2)), mesh=dict(fsdp=2)"
+QUICK = "import tiny\nfrom uhd_jax.models import uhd\nuhd.loss_sums = tiny.quick_loss_sums\n"
+SLOW = """
+import time
+from uhd_jax.training.batches import StageBatches
+quickly = StageBatches.__next__
+def slowly(self):
+    time.sleep(0.1)
+    return quickly(self)
+StageBatches.__next__ = slowly
+"""
+OPTIONS = [f"--config.train.{option}" for option in ("peak_flops=1e12", "log_every=1", "checkpoint_every=3")]
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("", 0))
+        return listening.getsockname()[1]
+
+
+@pytest.fixture
+def together(tmp_path, compiled_once):
+    """Starts `uhd-jax train` in several processes; what is left of them at the end of the test is killed."""
+    started = []
+
+    def start(workdir, config, processes, devices=1, argv=(), before=QUICK):
+        environment = os.environ | {
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_COMPILATION_CACHE_DIR": compiled_once,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        }
+        script = f"{before}\nimport sys\nfrom uhd_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", script, "train", f"--config={config}", f"--workdir={workdir}", *OPTIONS]
+        command += [f"--coordinator=localhost:{free_port()}", f"--processes={processes}", *argv]
+        for process in range(processes):
+            log = open(tmp_path / f"{len(started)}.log", "w+")
+            child = subprocess.Popen(
+                [*command, f"--process={process}"], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+            child.log = log
+            started.append(child)
+        return started[-processes:]
+
+    yield start
+    for child in started:
+        child.kill()
+        child.log.close()
+
+
+def ended(children, seconds=300):
+    """Exit statuses, and what each process has shown."""
+    statuses = [child.wait(timeout=seconds) for child in children]
+    return statuses, [Path(child.log.name).read_text() for child in children]
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(workdir):
+    return [(record["stage"], record["step"], record["loss"], record["grad_norm"]) for record in records(workdir)]
+
+
+def write(path, old=STAGE, new=STAGE):
+    path.write_text(CONFIG.replace(old, new))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The curve of one process, here, with eight devices."""
+    folder = tmp_path_factory.mktemp("alone")
+    config = write(folder / "config.py", new=TWO_STAGES)
+
+    from uhd_jax.cli import main
+
+    assert main(["train", f"--config={config}", f"--workdir={folder}/run", *OPTIONS]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
+def test_as_many_processes_as_you_like_have_the_losses_of_one(together, tmp_path, alone, processes, devices):
+    workdir = tmp_path / "run"
+    config = write(tmp_path / "config.py", new=TWO_STAGES)
+    statuses, shown = ended(together(workdir, config, processes, devices, before=""))
+    assert statuses == [0] * processes, shown
+    for ours, theirs in zip(curve(workdir), curve(alone), strict=True):
+        assert ours[:2] == theirs[:2]
+        assert ours[2:] == pytest.approx(theirs[2:], rel=1e-6)
+    for ours, theirs in zip(records(workdir), records(alone), strict=True):  # of all rows, not of this process's
+        rates = [record["images_per_second"] * record["step_seconds"] for record in (ours, theirs)]
+        assert rates[0] == pytest.approx(rates[1])
+        assert ours["padding_waste_tokens"] == pytest.approx(theirs["padding_waste_tokens"])
+    # Logs of the first process only.
+    assert f"{processes} processes, {processes * devices} devices (cpu)" in shown[0] and "step 4/4" in shown[0]
+    assert not any("step" in text or "processes, " in text for text in shown[1:]), shown[1:]
+    trained = json.loads((workdir / "trained.json").read_text())
+    assert trained["processes"] == processes and trained["devices"] == f"{processes * devices} x cpu"
+    assert len([*(workdir / "tensorboard").iterdir()]) == 1
+
+
+def until_step(workdir, step, children):
+    """Waits for a step's record."""
+    path = workdir / "metrics.jsonl"
+    while not (path.exists() and len(path.read_text().splitlines()) >= step):
+        assert all(child.poll() is None for child in children), ended(children)
+        time.sleep(0.02)
+
+
+def saved(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+ENDLESS = ["--config.train.stages[0].steps=1000", "--heartbeat-seconds=10"]
+
+
+@pytest.mark.parametrize("of", [(1,), (0, 1)])
+def test_a_signal_to_one_or_all_saves_the_same_step_and_one_process_goes_on(together, capsys, tmp_path, of):
+    workdir, config = tmp_path / "run", write(tmp_path / "config.py")
+    children = together(workdir, config, 2, argv=ENDLESS, before=QUICK + SLOW)
+    until_step(workdir, 2, children)
+    for number in of:
+        children[number].send_signal(signal.SIGTERM)
+    statuses, shown = ended(children)
+    assert statuses == [0, 0], shown
+    step = saved(workdir)[-1]
+    assert f"interrupted: step {step} is saved; start again to continue" in shown[0].splitlines()
+    assert "interrupted" not in shown[1] and len(records(workdir)) == step
+    with pytest.MonkeyPatch.context() as patch:
+        import tiny
+
+        from uhd_jax.models import uhd
+
+        patch.setattr(uhd, "loss_sums", tiny.quick_loss_sums)
+        last = f"--config.train.stages[0].steps={step + 2}"
+        # The learning rate of the steps before is that of a longer stage.
+        assert call(capsys, "train", f"--config={config}", f"--workdir={workdir}", *OPTIONS, last)[0] == 0
+    assert [record["step"] for record in records(workdir)] == list(range(1, step + 3))
+
+
+@pytest.mark.parametrize("killed", [1, 0])
+def test_one_is_killed_the_other_ends_and_all_go_on_from_the_last_checkpoint(together, tmp_path, killed):
+    workdir, config = tmp_path / "run", write(tmp_path / "config.py")
+    children = together(workdir, config, 2, argv=ENDLESS, before=QUICK + SLOW)
+    until_step(workdir, 7, children)
+    children[killed].kill()
+    survivor = children[1 - killed]
+    (status,), (shown,) = ended([survivor], seconds=90)  # heartbeat, and what a loaded machine adds
+    assert status not in (0, None), shown
+    assert "cannot go on, most likely because another one ended" in shown or "another task died" in shown, shown
+    newest = saved(workdir)[-1]
+    assert newest >= 3
+    children = together(workdir, config, 2, argv=ENDLESS, before=QUICK + SLOW)
+    until_step(workdir, newest + 1, children)
+    for child in children:
+        child.send_signal(signal.SIGTERM)
+    statuses, shown = ended(children)
+    assert statuses == [0, 0], shown
+    assert f"resuming {workdir} at step {newest}" in shown[0]
+    assert [record["step"] for record in records(workdir)] == list(range(1, saved(workdir)[-1] + 1))
+
+
+def test_processes_that_do_not_come_are_named(together, tmp_path):
+    child, other = together(tmp_path / "run", write(tmp_path / "config.py"), 2, argv=["--start-seconds=3"])
+    other.kill()
+    (status,), (shown,) = ended([child])
+    assert status != 0
+    assert "not all processes came together within 3 seconds" in shown, shown
+
+
+def test_a_folder_that_is_not_shared_is_refused(together, tmp_path):
+    config = write(tmp_path / "config.py")
+    own = "import sys\nsys.argv = [part + sys.argv[-1][-1] if 'workdir' in part else part for part in sys.argv]\n"
+    hurry = "from uhd_jax.training import workdir\nworkdir.SEE_SECONDS = 1.0\n"
+    children = together(tmp_path / "run", config, 2, argv=["--heartbeat-seconds=10"], before=QUICK + hurry + own)
+    statuses, shown = ended(children)
+    assert all(statuses), shown
+    assert "run1: process 1 does not see there what process 0 wrote" in shown[1]
