@@ -5,6 +5,7 @@ Every field that changes what the model computes is read or, where there is only
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -191,7 +192,7 @@ def _chat(source: Source, config: _Fields, use_image_id: bool) -> ChatConfig:
     ends = generation.get("eos_token_id")
     ends = [ends] if isinstance(ends, int) else ends or []
     stop = tuple(mark for mark, i in added.items() if i in ends and mark not in (chat.turn_end, chat.padding))
-    return ChatConfig(**vars(chat) | {"stop": stop})
+    return dataclasses.replace(chat, stop=stop)
 
 
 def _content(token: Any) -> str:
