@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from checkpoints import abstract, assert_same_tree, exported, write_checkpoint
 from tiny import random_params
 
 import uhd_jax
+from uhd_jax import cli
 from uhd_jax.checkpoint import load_model
 from uhd_jax.config import (
     ChatConfig,
@@ -216,19 +218,20 @@ def test_sizes_that_are_not_the_configs(change, message, tmp_path):
 
 def test_what_is_not_there(tmp_path):
     tower, _ = _siglip(tmp_path / "tower")
-    decoder, _ = _qwen3(tmp_path / "decoder")
+    decoder, _ = _qwen3(tmp_path / "decoder", layers=1)
+    config = dataclasses.replace(V4, decoder=dataclasses.replace(V4.decoder, layers=1))
     with pytest.raises(ConvertError, match="decoder is of the family qwen3, which holds no tower"):
-        combine(V4, tmp_path / "start", decoder, decoder)
+        combine(config, tmp_path / "start", decoder, decoder)
     with pytest.raises(ConvertError, match="tower is of the family siglip, which holds no decoder"):
-        combine(V4, tmp_path / "start", tower, tower)
+        combine(config, tmp_path / "start", tower, tower)
     with pytest.raises(ConvertError, match="family siglip, which holds no connector/upsampler"):
-        combine(V4, tmp_path / "start", tower, decoder, tower)
+        combine(config, tmp_path / "start", tower, decoder, tower)
     (tmp_path / "decoder" / "tokenizer.json").unlink()
-    with pytest.raises(ConvertError, match="no tokenizer.json"):
-        combine(V4, tmp_path / "start", tower, decoder)
+    with pytest.raises(ConvertError, match="neither tokenizer.json nor tokenizer.model"):
+        combine(config, tmp_path / "start", tower, decoder)
     (tmp_path / "decoder" / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ConvertError, match="names files that are not there: model-00002"):
-        combine(V4, tmp_path / "start", tower, decoder)
+        combine(config, tmp_path / "start", tower, decoder)
 
 
 def test_vdim_of_another_width_or_height(tmp_path):
@@ -240,6 +243,45 @@ def test_vdim_of_another_width_or_height(tmp_path):
         ConvertError, match=r"not the config's up-sampler \(mask 5, tower of width 16\).*up2/.*none there"
     ):
         combine(V2, tmp_path / "start", tower, decoder, upsampler)
+
+
+def test_the_command(tmp_path, capsys):
+    tower, _ = _siglip(tmp_path / "tower")
+    decoder, _ = _qwen3(tmp_path / "decoder")
+    (tmp_path / "plain.py").write_text(CONFIG)
+    arguments = ["--config", str(tmp_path / "plain.py"), "--tower", str(tower), "--decoder", str(decoder)]
+    out = str(tmp_path / "start")
+    assert cli.main(["convert", "combine", *arguments, "--seed=3", "--json", out]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["tower"] == "siglip" and done["new_rows"] == 8
+    _assert_close(load_model(out)[0]["connector"], _fresh(V4, 3)["connector"])
+    assert cli.main(["convert", "combine", *arguments, out]) == 1
+    assert "start is not empty" in capsys.readouterr().err
+
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config(arg=""):
+    return ConfigDict({
+        "name": "tiny",
+        "model": {
+            "decoder": {
+                "vocab_size": 270, "width": 32, "mlp_width": 24, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8,
+                "qk_norm": True,
+            },
+            "tower": {"width": 16, "mlp_width": 24, "layers": 3, "heads": 2, "patch_size": 2, "table_side": 7},
+            "compressor": {"after_layer": 1},
+            "slicing": {"scale_resolution": 16, "max_slices": 2},
+            "dtype": "float32",
+        },
+        "train": {"stages": [{
+            "name": "one", "data": {"source": "records", "options": {"path": "x"}},
+            "steps": 1, "rows": 8, "packed_length": 64,
+            "learning_rate": 1e-3, "learning_rate_min": 1e-3, "trainable": ("connector",),
+        }]},
+    })
+"""
 
 
 def test_a_full_destination_is_left_alone(tmp_path):

@@ -15,6 +15,7 @@ import numpy as np
 
 from uhd_jax.checkpoint import SavedModel, Streamed, save_model
 from uhd_jax.config import ModelConfig
+from uhd_jax.convert import sentencepiece
 from uhd_jax.convert.families import FAMILIES, Dropped, Family, drops, family_named, find_family, select
 from uhd_jax.convert.source import DTYPES, Source
 from uhd_jax.convert.tables import ConvertError, Move, flatten, load, match, match_back, unflatten
@@ -260,11 +261,13 @@ def _counting(source: Source, progress: Progress) -> Callable[[str], np.ndarray]
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> bool:
-    """Copies the tokenizer's files into a new folder; False where there is no tokenizer.json."""
-    if not (source / "tokenizer.json").is_file():
+    """Copies the tokenizer's files into a new folder, tokenizer.json made if need be; False where there is none."""
+    if not sentencepiece.has_tokenizer(source):
         return False
     folder.mkdir()
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if not (folder / "tokenizer.json").exists():
+        (folder / "tokenizer.json").write_text(sentencepiece.tokenizer_json(source), encoding="utf-8")
     return True

@@ -15,7 +15,7 @@ import numpy as np
 from uhd_jax.batch import Batch, Bucket
 from uhd_jax.checkpoint import CheckpointError, load_model
 from uhd_jax.config import ConfigError, ModelConfig
-from uhd_jax.convert import tables
+from uhd_jax.convert import sentencepiece, tables
 from uhd_jax.convert.families import drops, find_family
 from uhd_jax.convert.source import Source, open_source
 from uhd_jax.data.chat import ChatError, EncodedSample, encode_chat, visual_places
@@ -345,9 +345,16 @@ def load(directory: str | Path, max_length: int = 32_768) -> Assistant:
         raise CheckpointError(f"{directory} {problem}; give the folder of a training run or of a model")
     if (directory / "config.json").exists():  # no folder of ours has one
         with open_source(directory) as source:
-            return Assistant(*_imported(source), load_tokenizer(directory), max_length)
+            return Assistant(*_imported(source), _tokenizer(directory), max_length)
     params, config = load_model(directory)
     return Assistant(config, params, load_tokenizer(directory / "tokenizer"), max_length)
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a foreign checkpoint, of SentencePiece's kind too."""
+    if (folder / "tokenizer.json").is_file() or not sentencepiece.has_tokenizer(folder):
+        return load_tokenizer(folder)
+    return Tokenizer(sentencepiece.tokenizer_json(folder), str(folder))
 
 
 def _imported(source: Source) -> tuple[ModelConfig, Any]:

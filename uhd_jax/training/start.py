@@ -21,6 +21,7 @@ import numpy as np
 
 from uhd_jax.checkpoint import Streamed, save_model
 from uhd_jax.config import ChatConfig, ModelConfig
+from uhd_jax.convert import sentencepiece
 from uhd_jax.convert.source import Source, open_source
 from uhd_jax.convert.tables import ConvertError, Move, flatten, load, unflatten
 from uhd_jax.convert.transfer import recognise
@@ -203,9 +204,14 @@ def marks(chat: ChatConfig) -> tuple[str, ...]:
 
 def _tokenizer(source: Source, config: ModelConfig) -> tuple[Tokenizer, Tokenizer, list[str]]:
     """The language model's tokenizer, the same with the marks it lacked, and those."""
-    if not source.has("tokenizer.json"):
-        raise ConvertError(f"{source.folder}: no tokenizer.json; the model needs the tokenizer of its language model")
-    tokenizer = load_tokenizer(source.folder)
+    if not sentencepiece.has_tokenizer(source.folder):
+        raise ConvertError(
+            f"{source.folder}: neither tokenizer.json nor tokenizer.model; a model needs its language model's tokenizer"
+        )
+    if source.has("tokenizer.json"):
+        tokenizer = load_tokenizer(source.folder)
+    else:
+        tokenizer = Tokenizer(sentencepiece.tokenizer_json(source.folder), str(source.folder))
     lacking = [mark for mark in marks(config.chat) if not tokenizer.has(mark)]
     return tokenizer, tokenizer.extended(lacking), lacking
 
