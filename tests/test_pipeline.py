@@ -23,12 +23,12 @@ from uhd_jax.config import (
     TowerConfig,
     TrainConfig,
 )
-from uhd_jax.data.chat import ChatError, ImagePart, Message
+from uhd_jax.data.chat import ImagePart, Message
 from uhd_jax.data.demo import DigitPages
 from uhd_jax.data.pipeline import CLOSING, REPORTS, make_iterator
 from uhd_jax.data.sources import Records
 from uhd_jax.data.tokenizer import byte_tokenizer
-from uhd_jax.data.windows import FEWER_SLICES, REFUSED, TOO_LONG, UNTRAINED, PipelineError
+from uhd_jax.data.windows import FEWER_SLICES, MALFORMED, REFUSED, TOO_LONG, UNTRAINED, PipelineError
 from uhd_jax.slicing.pixels import cut_views
 from uhd_jax.slicing.plan import ImageRefused, Size, make_plan
 
@@ -378,8 +378,8 @@ def test_images_that_do_not_match_the_messages_name_the_sample():
         def messages(self, index):
             return Message("user", (f"<{index}>",)), Message("assistant", ("x",))
 
-    with pytest.raises(ChatError, match="source test, sample [0-9]+: messages show the images"):
-        iterator(Mismatched())
+    with pytest.raises(PipelineError, match=f"{MALFORMED} .*; for example source test, sample [0-9]+: messages show"):
+        next(iterator(Mismatched()))
 
 
 def test_images_of_another_size_than_announced_name_the_sample_and_a_second_try_skips_nothing():

@@ -171,7 +171,9 @@ def test_unreadable_and_empty_files_are_named(tmp_path):
 
 def test_unknown_sources_and_options_are_named_by_their_full_key():
     key = "config.train.stages[1].data"
-    with pytest.raises(ConfigError, match=r"^data\.source: 'digits' is not one of digit_pages, images, records"):
+    with pytest.raises(
+        ConfigError, match=r"^data\.source: 'digits' is not one of array_record, arrow, digit_pages, images, json, "
+    ):
         make_source(DataConfig("digits"))
     with pytest.raises(ConfigError, match=r"^config\.train\.stages\[1\]\.data\.source: 'digits'"):
         make_source(DataConfig("digits"), key=key)

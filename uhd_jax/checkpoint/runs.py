@@ -23,9 +23,10 @@ ITEMS = ("params", "training", "iterator", "meta")
 RESUMABLE = (
     r"name",
     r"model\.(tower_remat|decoder_remat|scan_layers|loss_chunk)",
-    r"train\.(init_from|checkpoint_every|keep_checkpoints|log_every|max_bad_steps|prefetch|data_workers|peak_flops)",
+    r"train\.(init_from|checkpoint_every|keep_checkpoints|log_every|prefetch|data_workers|peak_flops)",
+    r"train\.(max_bad_steps|max_broken_samples)",
     r"train\.mesh\.\w+",
-    r"train\.stages\.\d+\.(steps|accumulation|data\.options\.path)",
+    r"train\.stages\.\d+\.(steps|accumulation|data\.options\.(parts\.\d+\.options\.)?(path|image_root|row_groups))",
 )
 
 

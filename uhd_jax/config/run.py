@@ -123,6 +123,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_every: int = 10
     max_bad_steps: int = 10  # non-finite steps in a row before the run is aborted
+    max_broken_samples: float = 0.1  # share of unreadable samples above which the run is aborted; 1: never
     packing_window: int = 256  # samples looked at together when rows are filled
     prefetch: int = 4  # batches prepared ahead of the device
     data_workers: int = 0  # processes that decode images; 0: threads of this one
@@ -134,6 +135,7 @@ class TrainConfig:
             self, 1, "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps", "packing_window"
         )
         require_at_least(self, 0, "prefetch", "data_workers", "peak_flops", "seed")
+        require(0 <= self.max_broken_samples <= 1, "max_broken_samples", "must be a share, from 0 to 1")
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), "stages", f"names repeat: {names}")
 

@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -25,11 +26,14 @@ from uhd_jax.batch import Batch, Bucket
 from uhd_jax.config import ConfigError, ModelConfig, StageConfig, TrainConfig
 from uhd_jax.data.buckets import Fill, fill_of
 from uhd_jax.data.chat import EncodedSample
+from uhd_jax.data.dropped import DroppedList
 from uhd_jax.data.packing import fill_batch
-from uhd_jax.data.sources import Source
+from uhd_jax.data.sources import Source, SourceError
 from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from uhd_jax.data.windows import (
     COUNTERS,
+    FEWER_SLICES,
+    MALFORMED,
     REFUSED,
     START,
     PipelineError,
@@ -60,6 +64,7 @@ class BatchInfo:
     trained_tokens: int
     fill: Fill
     epoch: float  # of the stream, after this batch's window
+    read: int  # samples of the stream, over all hosts, up to the end of this batch's window
     waiting: int  # samples left over by the window, to be packed in the next
     counters: Mapping[str, int]  # `COUNTERS`, over all hosts' samples planned so far (bad pixels: this host's)
 
@@ -71,6 +76,7 @@ def make_iterator(
     source: Source,
     tokenizer: Tokenizer | None = None,
     process: tuple[int, int] = (0, 1),
+    dropped: Path | None = None,
 ) -> BatchIterator:
     """An endless iterator over the batches of a stage.
 
@@ -81,6 +87,7 @@ def make_iterator(
       source: the samples.
       tokenizer: default: the one that `model.chat` names.
       process: index and count of hosts. Every host plans all rows and renders its own part of them.
+      dropped: a file to which every sample that is left out is added once, as a line of JSON: where, counter, reason.
 
     Raises:
       ConfigError: buckets that contradict the stage, rows that the hosts cannot share, or a decoder with fewer ids
@@ -93,13 +100,13 @@ def make_iterator(
             f"model.decoder.vocab_size: tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, "
             f"the decoder only {model.decoder.vocab_size}"
         )
-    return BatchIterator(WindowPlanner(stage, model, train, source, tokenizer), train, process)
+    return BatchIterator(WindowPlanner(stage, model, train, source, tokenizer), train, process, dropped)
 
 
 class BatchIterator:
     """Yields (Batch of NumPy arrays, BatchInfo); prepares batches ahead in a thread or in worker processes."""
 
-    def __init__(self, planner: WindowPlanner, train: TrainConfig, process: tuple[int, int]):
+    def __init__(self, planner: WindowPlanner, train: TrainConfig, process: tuple[int, int], dropped: Path | None):
         if planner.stage.rows % process[1]:
             raise ConfigError(f"rows: {process[1]} hosts cannot share {planner.stage.rows} rows evenly")
         self._planner = planner
@@ -109,6 +116,7 @@ class BatchIterator:
         self._counters = Counter(dict.fromkeys(COUNTERS, 0))
         self._running: list[grain.DatasetIterator] = []  # none or one
         self._reported: defaultdict[str, set[int]] = defaultdict(set)
+        self._dropped = DroppedList(dropped) if dropped else None
         # Also when the program ends without `close`: Grain's threads do not survive the end of the interpreter quietly.
         weakref.finalize(self, _close_all, self._running)
 
@@ -132,11 +140,14 @@ class BatchIterator:
             raise
         self._counters.update(problem.counter for problem in problems)
         self._report(problems)
+        self._planner.check_share(self._counters, info.read)
         return batch, dataclasses.replace(info, counters=dict(self._counters))
 
     def _report(self, problems: Sequence[Problem]) -> None:
         """Logs each sample once: it comes again in every epoch. Here, because workers have no log that is shown."""
         for index, counter, reason in problems:
+            if self._dropped and counter != FEWER_SLICES:
+                self._dropped.add(self._planner.where(index), counter, reason)
             reported = self._reported[counter]
             if index in reported or len(reported) > REPORTS:
                 continue
@@ -169,7 +180,7 @@ class BatchIterator:
         self.close()
         position = state["position"]
         self._position = Position(position["start"], tuple(position["carried"]), position["batch"])
-        self._counters = Counter(state["counters"])
+        self._counters = Counter(dict.fromkeys(COUNTERS, 0) | state["counters"])
 
     def close(self) -> None:
         """Ends the prefetch thread and worker processes; the next batch would start new ones.
@@ -282,7 +293,8 @@ class _RenderedBatchIterator(grain.DatasetIterator):
             tokens=sum(len(sample.tokens) for sample in samples),
             trained_tokens=sum(int(sample.trained.sum()) for sample in samples),
             fill=fill_of(batch),
-            epoch=window.following.start / len(planner.source),
+            epoch=window.following.start / planner.epoch,
+            read=window.following.start,
             waiting=len(window.following.carried),
             counters={},
         )
@@ -298,5 +310,7 @@ class _RenderedBatchIterator(grain.DatasetIterator):
             return [view for image, plan in pairs for view in cut_views(image, plan, patch_size)]
         except ImageRefused as error:
             return Problem(index, REFUSED, str(error))
+        except SourceError as error:  # it was readable when it was planned
+            return Problem(index, MALFORMED, str(error).removeprefix(f"{planner.where(index)}: "))
         except ValueError as error:
             raise PipelineError(f"{planner.where(index)}: {error}") from error

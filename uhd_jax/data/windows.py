@@ -12,16 +12,17 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
 from uhd_jax.config import BucketConfig, ConfigError, ModelConfig, StageConfig, TrainConfig, to_dict
 from uhd_jax.data.buckets import PackedBatch, form_batches, patch_work, plan_buckets
-from uhd_jax.data.chat import ChatError, EncodedSample, encode_chat
+from uhd_jax.data.chat import ChatError, EncodedSample, Message, encode_chat
 from uhd_jax.data.packing import encode_to_fit
-from uhd_jax.data.sources import Source
+from uhd_jax.data.sources import Source, SourceError
+from uhd_jax.data.sources.mixture import Mixture, Stream
 from uhd_jax.data.tokenizer import Tokenizer
 from uhd_jax.slicing.plan import ImageRefused, plan_image
 
@@ -32,8 +33,12 @@ FINGERPRINT_SAMPLES = 256  # evenly spaced, whose texts tell one source from ano
 FEWER_SLICES = "samples_with_fewer_slices"  # to fit into a row
 TOO_LONG = "samples_dropped_too_long"  # even with one view per image
 REFUSED = "samples_dropped_bad_image"  # `ImageRefused` on opening or on decoding
+MALFORMED = "samples_dropped_bad_record"  # `SourceError`, or turns for which the prompt form has no place
 UNTRAINED = "samples_dropped_without_answer"
-COUNTERS = (FEWER_SLICES, TOO_LONG, REFUSED, UNTRAINED)
+COUNTERS = (FEWER_SLICES, TOO_LONG, REFUSED, MALFORMED, UNTRAINED)
+BROKEN = (REFUSED, MALFORMED, UNTRAINED)  # of which `TrainConfig.max_broken_samples` allows a share
+
+JUDGED_AFTER = 1000  # samples; before, a few broken ones are no share to judge by
 
 
 class PipelineError(ValueError):
@@ -81,16 +86,20 @@ class WindowPlanner:
         self.source = source
         self._tokenizer = tokenizer
         self._window = train.packing_window
+        self._max_broken = train.max_broken_samples
         self._seed = int.from_bytes(hashlib.sha256(f"{train.seed} {stage.name}".encode()).digest()[:4])
         if len(source) == 0:
             raise PipelineError(f"stage {stage.name!r}: the source {stage.data.source!r} is empty")
-        self._stream = grain.MapDataset.range(len(source)).seed(self._seed).shuffle().repeat()
+        self._stream = source.stream(self._seed) if isinstance(source, Mixture) else Stream(len(source), self._seed)
+        self.epoch = self._stream.epoch
         self.buckets = self._given_buckets() or self._planned_buckets()
         data = to_dict(stage.data)
-        data["options"].pop("path", None)  # a file may be spelled differently, or moved; what stands in it counts
+        for options in (data["options"], *(part.get("options", {}) for part in data["options"].get("parts", ()))):
+            for name in ("path", "image_root"):  # they may be spelled differently, or moved; what stands there counts
+                options.pop(name, None)
         spread = np.linspace(0, len(source) - 1, min(len(source), FINGERPRINT_SAMPLES)).astype(int)
         facts = {
-            "source": (data, len(source), [source.messages(int(index)) for index in spread], self._seed),
+            "source": (data, len(source), [self._said(int(index)) for index in spread], self._seed),
             "model": (to_dict(model.slicing), to_dict(model.chat), model.tower.patch_size, model.visual_tokens(4096)),
             "rows": (stage.rows, stage.max_slices, self._window, [to_dict(bucket) for bucket in self.buckets]),
             "vocabulary": tokenizer.vocab_size,
@@ -124,16 +133,33 @@ class WindowPlanner:
             needs = [sample.needs for sample in samples]
             batches, left = form_batches(needs, waiting, self.buckets, self.stage.rows, rng)
             if batches:
-                indices = [int(self._stream[place]) for place in places]
+                indices = [self._stream[place] for place in places]
                 following = Position(end, tuple(places[i] for i in left), 0)
                 return Window(batches, list(zip(indices, samples, strict=True)), following, problems)
-            if not samples and end - start > len(self.source):
-                counts = Counter(problem.counter for problem in problems)
+            counts = Counter(problem.counter for problem in problems)
+            self.check_share(counts, end - start)
+            if not samples and end - start > self.epoch:
                 raise PipelineError(
                     f"stage {self.stage.name!r}: no sample of the source {self.stage.data.source!r} is usable: "
                     + ", ".join(f"{name} {count}" for name, count in counts.items())
                     + f"; for example {self.where(problems[0].index)}: {problems[0].reason}"
                 )
+
+    def check_share(self, counts: Mapping[str, int], samples: int) -> None:
+        """Raises `PipelineError` if more of the samples read so far are broken than the configuration allows.
+
+        Args:
+          counts: of `COUNTERS`.
+          samples: how many were read.
+        """
+        broken = sum(counts.get(name, 0) for name in BROKEN)
+        if samples >= JUDGED_AFTER and broken > self._max_broken * samples:
+            counted = ", ".join(f"{name} {counts[name]}" for name in BROKEN if counts.get(name))
+            raise PipelineError(
+                f"stage {self.stage.name!r}: {broken} of {samples} samples of the source {self.stage.data.source!r} "
+                f"are broken, more than the share train.max_broken_samples={self._max_broken:g}: {counted}; mend "
+                f"those named in the log, or allow more"
+            )
 
     def where(self, index: int) -> str:
         """Where a sample comes from, for messages."""
@@ -143,9 +169,11 @@ class WindowPlanner:
     def _encode(self, place: int, rows: tuple[BucketConfig, ...]) -> tuple[EncodedSample | None, Problem | None]:
         """The sample at a place of the stream, unless it is dropped, and what is wrong with it, if something is."""
         model, max_slices = self.model, self.stage.max_slices
-        index = int(self._stream[place])
+        index = self._stream[place]
         try:
-            sizes, messages = self.source.sizes(index), self.source.messages(index)
+            messages, sizes = self.source.messages(index), self.source.sizes(index)
+            if self.stage.objective == "language" and not all(map(_says_something, messages)):
+                return None, Problem(index, UNTRAINED, "an answer is empty")
             draws = np.random.default_rng((self._seed, place, 1)).random(len(sizes))  # 1: apart from a window's own
 
             def encode(limit: int) -> EncodedSample:
@@ -156,8 +184,8 @@ class WindowPlanner:
             sample, limit = encode_to_fit(encode, max_slices, rows)
         except ImageRefused as error:
             return None, Problem(index, REFUSED, str(error))
-        except ChatError as error:
-            raise ChatError(f"{self.where(index)}: {error}") from None
+        except (SourceError, ChatError) as error:
+            return None, Problem(index, MALFORMED, str(error).removeprefix(f"{self.where(index)}: "))
         if sample is None:
             return None, Problem(index, TOO_LONG, f"does not fit into a row of {rows[-1]}")
         if not sample.trained.any():
@@ -165,6 +193,13 @@ class WindowPlanner:
         if limit < max_slices:
             return sample, Problem(index, FEWER_SLICES, f"{limit} instead of {max_slices} slices per image")
         return sample, None
+
+    def _said(self, index: int) -> Any:
+        """The messages of a sample, for the fingerprint: nothing that names a place."""
+        try:
+            return self.source.messages(index)
+        except SourceError:
+            return None
 
     def _given_buckets(self) -> tuple[BucketConfig, ...]:
         stage, multiple = self.stage, 4 ** self.model.merge_levels()
@@ -182,3 +217,8 @@ class WindowPlanner:
         encoded = (self._encode(place, (widest,))[0] for place in range(min(PLANNING_SAMPLES, len(self.source))))
         needs = [sample.needs for sample in encoded if sample]
         return plan_buckets(needs, stage.packed_length, stage.bucket_budget, patch_work(self.model), stage.slots)
+
+
+def _says_something(message: Message) -> bool:
+    """Whether a turn is no answer, or one with a text."""
+    return message.role != "assistant" or any(isinstance(part, str) and part.strip() for part in message.parts)

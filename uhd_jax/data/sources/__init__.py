@@ -11,9 +11,11 @@ from uhd_jax.data.images import ImageFolder, ImagesOptions
 from uhd_jax.data.sources.array_record import ArrayRecordOptions, ArrayRecords
 from uhd_jax.data.sources.arrow import ArrowDataset, ArrowOptions
 from uhd_jax.data.sources.json_file import JsonFile, JsonOptions
+from uhd_jax.data.sources.mixture import Mixture, MixtureOptions
 from uhd_jax.data.sources.parquet import Parquet, ParquetOptions
 from uhd_jax.data.sources.protocol import Source, SourceError
 from uhd_jax.data.sources.records import Records, RecordsOptions
+from uhd_jax.data.sources.tar import TarOptions, TarShards
 
 __all__ = ["SOURCES", "Records", "Source", "SourceError", "SourceKind", "check_data", "make_source"]
 
@@ -32,13 +34,15 @@ SOURCES: dict[str, SourceKind] = {
     "digit_pages": SourceKind(DigitPagesOptions, lambda options, limits: DigitPages(options)),
     "images": SourceKind(ImagesOptions, ImageFolder),
     "json": SourceKind(JsonOptions, JsonFile),
+    "mixture": SourceKind(MixtureOptions, lambda options, limits: _mix(options, limits)),
     "parquet": SourceKind(ParquetOptions, Parquet),
     "records": SourceKind(RecordsOptions, lambda options, limits: Records.from_jsonl(options.path, limits)),
+    "tar": SourceKind(TarOptions, TarShards),
 }
 
 
 def check_data(data: DataConfig, key: str = "data") -> Any:
-    """The checked options of the source that a config names; nothing is opened.
+    """The checked options of the source that a config names, and of all parts of a mixture; nothing is opened.
 
     Args:
       data: source and options.
@@ -49,7 +53,13 @@ def check_data(data: DataConfig, key: str = "data") -> Any:
     """
     if data.source not in SOURCES:
         raise ConfigError(f"{key}.source: {data.source!r} is not one of {', '.join(SOURCES)}")
-    return from_config_dict(data.options, SOURCES[data.source].options, f"{key}.options")
+    options = from_config_dict(data.options, SOURCES[data.source].options, f"{key}.options")
+    if isinstance(options, MixtureOptions):
+        for number, part in enumerate(options.parts):
+            if part.source == "mixture":
+                raise ConfigError(f"{key}.options.parts[{number}].source: a mixture cannot be part of another")
+            check_data(DataConfig(part.source, part.options), f"{key}.options.parts[{number}]")
+    return options
 
 
 def make_source(data: DataConfig, limits: ImageLimits = ImageLimits(), key: str = "data") -> Source:
@@ -61,3 +71,7 @@ def make_source(data: DataConfig, limits: ImageLimits = ImageLimits(), key: str 
     """
     options = check_data(data, key)
     return SOURCES[data.source].open(options, limits)
+
+
+def _mix(options: MixtureOptions, limits: ImageLimits) -> Mixture:
+    return Mixture(options, [make_source(DataConfig(part.source, part.options), limits) for part in options.parts])
