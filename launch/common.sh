@@ -79,3 +79,52 @@ ensure_installed() {
   fi
   printf '%s\n' "$digest" >"$stamp"
 }
+
+# --- shared by the launchers in the folders beside this file --------------------------------------------------------
+DRY_RUN=0
+
+# Words as they could be typed.
+quoted() {
+  local word text="" quote="'\\''"
+  for word in "$@"; do
+    if [[ ! "$word" =~ ^[A-Za-z0-9_./:=,@%+~-]+$ ]]; then word="'${word//\'/$quote}'"; fi
+    text+="$word "
+  done
+  printf '%s' "${text% }"
+}
+
+# Shows a command, and runs it unless this is a dry run.
+act() {
+  printf '+ %s\n' "$(quoted "$@")"
+  [ "$DRY_RUN" = 1 ] || "$@"
+}
+
+# Splits `OWN.. -- TRAIN..` at the `--`: OWN holds the launcher's arguments (`--name=value` as two words), TRAIN those
+# of `uhd-jax train`, which need at least --config and --workdir.
+split_arguments() {
+  OWN=() TRAIN=()
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    case "$1" in
+      --*=*) OWN+=("${1%%=*}" "${1#*=}") ;;
+      *) OWN+=("$1") ;;
+    esac
+    shift
+  done
+  [ $# -eq 0 ] || TRAIN=("${@:2}")
+  case " ${OWN[*]-} " in *" -h "* | *" --help "*) usage && exit 0 ;; esac
+  [ ${#TRAIN[@]} -gt 0 ] || {
+    usage >&2
+    die "after -- come the arguments of uhd-jax train: -- --config=configs/demo.py --workdir=runs/demo"
+  }
+  WORKDIR=""
+  local argument previous=""
+  for argument in "${TRAIN[@]}"; do
+    case "$argument" in --workdir=*) WORKDIR="${argument#*=}" ;; esac
+    [ "$previous" != --workdir ] || WORKDIR="$argument"
+    previous="$argument"
+  done
+  [ -n "$WORKDIR" ] || die "after -- a --workdir=DIR is needed"
+}
+
+# $1: the name of a flag, $2: what was given, $3: what it should be, in words, $4: a pattern of it.
+require() { [[ "$2" =~ ^($4)$ ]] || die "$1 needs $3, not '$2'"; }
