@@ -14,12 +14,14 @@ import pytest
 from checkpoints import abstract, assert_same_tree, exported, random_tensors, read_checkpoint, write_checkpoint
 
 import uhd_jax
+from uhd_jax.checkpoint import save_model
 from uhd_jax.config import ChatConfig, ConnectorConfig, DecoderConfig, ModelConfig, PyramidConfig, TowerConfig
 from uhd_jax.config.presets import CLIP_L_14_336, QWEN2_7B, QWEN2_CHAT, VICUNA_7B, VICUNA_13B, VICUNA_CHAT
 from uhd_jax.convert.families import family_named
 from uhd_jax.convert.llava_uhd import PROJECTOR, TOWER
 from uhd_jax.convert.tables import ConvertError, flatten, match_back
 from uhd_jax.convert.towers import clip_shapes
+from uhd_jax.convert.transfer import export_model
 from uhd_jax.data.tokenizer import byte_tokenizer
 from uhd_jax.models import uhd
 from uhd_jax.slicing.pixels import cut_views
@@ -337,23 +339,25 @@ def test_export_says_in_config_json_what_an_import_reads(name, tmp_path):
         tower=dataclasses.replace(full.tower, width=16, mlp_width=8, layers=2, heads=1, table_side=2),
         connector=dataclasses.replace(full.connector, heads=1),
     )
+    config = dataclasses.replace(config, dtype="float32")
     family, random = family_named(family_name), np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), abstract(family, config))
-    tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
-    byte_tokenizer(config.chat).save(tokenizer)
-    out = write_checkpoint(tmp_path / "out", exported(family, config, params), None, shards=2)
-    family.write_files(config, tokenizer, out)
+    ours, out = tmp_path / "ours", tmp_path / "out"
+    save_model(ours, params, config)
+    (ours / "tokenizer").mkdir()
+    byte_tokenizer(config.chat).save(ours / "tokenizer")
+    done = export_model(ours, out, max_shard_bytes=5 * 10**6)
+    assert (done.family, done.dtype, done.rounded) == (family_name, "float32", 0)
+    assert len(list(out.glob("model-*.safetensors"))) > 1
     again, read, same = read_checkpoint(out)
     assert again.name == family_name
     assert_same_tree(same, params)
     same_chat = dataclasses.replace(config.chat, tokenizer=str(out))
     assert (read.tower, read.decoder, read.chat) == (config.tower, config.decoder, same_chat)
-    box_dtype = "bfloat16" if family_name == "llava_uhd_v2" else "float32"
-    assert read.connector == dataclasses.replace(config.connector, box_dtype=box_dtype)
+    assert read.connector == config.connector
     fields = json.loads((out / "config.json").read_text())
     assert fields["architectures"] == ["LlavaQwenForCausalLM" if "Qwen" in name else "LlavaLlamaForCausalLM"]
-    assert fields["torch_dtype"] == "bfloat16" and fields["eos_token_id"] == 258
+    assert fields["torch_dtype"] == "float32" and fields["eos_token_id"] == 258
     assert (out / "tokenizer.json").exists() and (out / "tokenizer_config.json").exists()
     if name == "v2 Vicuna-7B":
         assert fields["feature_mode"] == "featup_muti_res" and fields["mm_projector_type"] == "adapt_spatial_resampler"
