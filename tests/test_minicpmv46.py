@@ -17,6 +17,7 @@ from uhd_jax.convert.minicpmv46 import MINICPM_V_4_6
 from uhd_jax.convert.source import Source, open_source
 from uhd_jax.convert.tables import ConvertError, export_tensors, match
 from uhd_jax.generation.assistant import _abstract_params
+from uhd_jax.generation.decode import Sampling, generate_tokens
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -60,6 +61,23 @@ def test_logits_at_every_position(case):
     expected = torch_logits(theirs, prepared, ours.config)
     assert logits.shape == expected.shape and expected.std() > 0.5
     np.testing.assert_allclose(logits, expected, atol=tolerance(theirs), rtol=0)
+
+
+def test_greedy_answers_are_the_likeliest_tokens_there(case):
+    """Of a batch of two prompts, one much longer; followed through in PyTorch, where near ties may go either way."""
+    _, theirs, ours, prepared = case
+    short = ours.prepare("Hm?")
+    batch = ours._batch([prepared, short], None)
+    answers = generate_tokens(
+        ours.params, ours.config, batch, max_new_tokens=6, stop=(), sampling=Sampling(), cache_length=160
+    )
+    for asked, answer in zip((prepared, short), answers, strict=True):
+        inputs = torch_inputs(asked, ours.config)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([answer])], dim=1)
+        with torch.no_grad():
+            logits = theirs(**inputs).logits[0, len(asked.token_ids) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert len(answer) == 6 and (logits.max(dim=1).values - chosen).max() <= 2 * tolerance(theirs)
 
 
 def test_an_export_is_what_transformers_loads(case, tmp_path):
