@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need, then runs the linter and the tests. Arguments go to pytest: ./launch/test.sh -k plan
+# Installs what the tests need, then runs the linter and the tests, a file per core at a time. Arguments go to pytest:
+# ./launch/test.sh -k plan, ./launch/test.sh -n 0 (one after the other)
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -16,4 +17,5 @@ cd "$ROOT"
 say "Linter"
 "$VENV_DIR/bin/ruff" check .
 say "Tests"
-exec "$VENV_PYTHON" -m pytest -q "$@"
+CORES="$(nproc)"
+exec "$VENV_PYTHON" -m pytest -q -n "$((CORES < 8 ? CORES : 8))" --dist loadfile "$@"
