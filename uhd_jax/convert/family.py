@@ -104,6 +104,6 @@ def shape_of(source: Source, name: str) -> tuple[int, ...]:
 
 
 def count_of(source: Source, prefix: str) -> int:
-    """How many numbers follow `prefix` in the names of tensors, e.g. "model.layers."; they must go from 0 up."""
+    """How many different numbers follow `prefix`, e.g. "model.layers.", in the names of tensors."""
     found = {re.match(r"\d+", name.removeprefix(prefix)) for name in source.tensors if name.startswith(prefix)}
     return len({int(match[0]) for match in found if match})

@@ -27,7 +27,7 @@ from uhd_jax.config.presets import QWEN2_CHAT, VICUNA_CHAT
 from uhd_jax.convert import decoder_families
 from uhd_jax.convert.decoder_families import text_dropped
 from uhd_jax.convert.decoders import decoder_table, text_config
-from uhd_jax.convert.family import Dropped, Family, Shapes, count_of, dtype_of, field, settings, shape_of
+from uhd_jax.convert.family import Dropped, Family, Shapes, count_of, dtype_of, settings, shape_of
 from uhd_jax.convert.files import token_ids, write_json, write_tokenizer
 from uhd_jax.convert.hiwin import VISION_COPY, hiwin_dropped, hiwin_table
 from uhd_jax.convert.resampler import attention_table, resampler_table
@@ -106,7 +106,7 @@ def _config(source: Source, version: int) -> ModelConfig:
             "hiwin",
             query_side=math.isqrt(shape_of(source, f"{PROJECTOR}query_1")[0]),
             heads=heads,
-            pyramid=PyramidConfig(field(config, "feature_scale_mask", source)),
+            pyramid=PyramidConfig(config.get("feature_scale_mask", 7)),
             box_dtype=dtype,
         )
         layout = LAYOUTS[_mode(config)]
