@@ -36,7 +36,9 @@ SOURCES: dict[str, SourceKind] = {
     "json": SourceKind(JsonOptions, JsonFile),
     "mixture": SourceKind(MixtureOptions, lambda options, limits: _mix(options, limits)),
     "parquet": SourceKind(ParquetOptions, Parquet),
-    "records": SourceKind(RecordsOptions, lambda options, limits: Records.from_jsonl(options.path, limits)),
+    "records": SourceKind(
+        RecordsOptions, lambda options, limits: Records.from_jsonl(options.path, limits, options.image_root)
+    ),
     "tar": SourceKind(TarOptions, TarShards),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from uhd_jax.data.sources.files import DataFile
+from uhd_jax.data.sources.files import CHUNK, DataFile
 from uhd_jax.data.sources.protocol import SourceError
 
 _BOM = codecs.BOM_UTF8
@@ -120,10 +120,10 @@ def _quotes(places: np.ndarray, kinds: np.ndarray, escaped: bool, length: int) -
 
 def _damage(file: DataFile, first: int, commas: np.ndarray) -> str:
     """What is wrong with an array, by the first element that is no JSON."""
-    starts, ends = [first, *(commas + 1).tolist()], commas.tolist()
-    for number, (start, end) in enumerate(zip(starts, ends, strict=False), 1):
+    starts, ends = [first, *(commas + 1).tolist()], [*commas.tolist(), file.size]
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True), 1):
         try:
-            read_row(file, start, end)
+            read_row(file, start, min(end, start + CHUNK))
         except SourceError as error:
-            return f"element {number} of its array, at byte {start + 1}: {error}"
-    return f"its array is damaged or cut off after element {len(ends)}"
+            return f"damaged or cut off: element {number} of its array, at byte {start + 1}, is {error}"
+    return f"cut off after element {len(starts)} of its array"

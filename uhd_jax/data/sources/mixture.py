@@ -64,9 +64,15 @@ class Stream:
 
 
 class Mixture:
-    """The samples of all parts, numbered one part after the other; `stream` mixes them."""
+    """The samples of all parts, numbered one part after the other; `stream` mixes them.
+
+    Raises:
+      ConfigError: a part has no samples.
+    """
 
     def __init__(self, options: MixtureOptions, sources: Sequence[Source]):
+        for part, source in zip(options.parts, sources, strict=True):
+            require(len(source) > 0, "parts", f"the part {part.name!r} has no samples")
         self._parts, self._sources = options.parts, tuple(sources)
         self._ends = np.cumsum([len(source) for source in sources])
 

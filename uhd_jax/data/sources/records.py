@@ -14,6 +14,7 @@ import numpy as np
 from uhd_jax.config import ImageLimits
 from uhd_jax.data.chat import Message
 from uhd_jax.data.sources.conversation import parse
+from uhd_jax.data.sources.paths import ImageRoot
 from uhd_jax.data.sources.protocol import SourceError
 from uhd_jax.slicing import image_io
 from uhd_jax.slicing.plan import Size
@@ -44,6 +45,7 @@ class Records:
         name: str = "records",
     ):
         self._limits, self._folder, self._name = limits, folder, name
+        self._root: ImageRoot | None = None  # of a file of records, which is not trusted with other places
         self._numbers: list[int] = []
         self._messages: list[tuple[Message, ...]] = []
         self._images: list[list[Any]] = []
@@ -51,14 +53,17 @@ class Records:
             self._add(number, record)
 
     @classmethod
-    def from_jsonl(cls, path: str | Path, limits: ImageLimits = ImageLimits()) -> Records:
-        """One record per line of a UTF-8 file, blank lines aside; relative image paths start at the file's folder.
+    def from_jsonl(cls, path: str | Path, limits: ImageLimits = ImageLimits(), image_root: str | Path = "") -> Records:
+        """One record per line of a UTF-8 file, blank lines aside.
+
+        Images are found below `image_root`, by default the file's folder; absolute paths and `..` are refused.
 
         Raises:
           SourceError: the file cannot be read or holds no record, or a line is malformed; the message names file, line
             and field.
         """
-        source = cls((), limits, Path(path).parent, str(path))
+        source = cls((), limits, name=str(path))
+        source._root = ImageRoot(image_root or Path(path).parent)
         for number, record in _read_lines(path):
             source._add(number, record)
         if not len(source):
@@ -72,14 +77,14 @@ class Records:
             raise SourceError(f"{self._name}:{number}: {error}") from None
         self._numbers.append(number)
         self._messages.append(messages)
-        self._images.append([Path(self._folder, image) if isinstance(image, str) else image for image in images])
+        self._images.append(images)
 
     def __len__(self) -> int:
         return len(self._messages)
 
     def sizes(self, index: int) -> list[Size]:
         """Sizes from the headers of the files."""
-        return [image_io.read_size(image, self._limits) for image in self._images[index]]
+        return [image_io.read_size(image, self._limits) for image in self._opened(index)]
 
     def messages(self, index: int) -> tuple[Message, ...]:
         """The conversation of a record."""
@@ -87,11 +92,17 @@ class Records:
 
     def images(self, index: int) -> list[np.ndarray]:
         """The decoded images."""
-        return [image_io.open_image(image, self._limits) for image in self._images[index]]
+        return [image_io.open_image(image, self._limits) for image in self._opened(index)]
 
     def files(self, index: int) -> list[bytes]:
         """The files of the images, byte for byte."""
-        return [image_io.read_bytes(image, self._limits) for image in self._images[index]]
+        return [image_io.read_bytes(image, self._limits) for image in self._opened(index)]
+
+    def _opened(self, index: int) -> list[Any]:
+        """The images as `image_io` takes them."""
+        if self._root:
+            return [self._root.open(image, self._limits.max_bytes) for image in self._images[index]]
+        return [Path(self._folder, image) if isinstance(image, str) else image for image in self._images[index]]
 
     def where(self, index: int) -> str:
         """The file and its line, from 1; for records in memory their name and number."""
@@ -123,3 +134,4 @@ class RecordsOptions:
     """Options of the source "records" (`DataConfig.options`)."""
 
     path: str  # of a JSONL file
+    image_root: str = ""  # folder that paths of images are relative to; empty: the folder of the file

@@ -105,7 +105,7 @@ def _find_members(file: DataFile) -> np.ndarray:
     place, sample, last_key = 0, -1, ""
     name_of_next, size_of_next = "", -1
     reader = _Blocks(file)
-    while place + _BLOCK <= file.size:
+    while place < file.size:
         header = reader.block(place)
         if not header.strip(b"\0"):
             break
@@ -162,6 +162,8 @@ class _Blocks:
 def _header(file: DataFile, block: bytes, place: int) -> tuple[str, int, bytes]:
     """Name, size and type of a member; the checksum is tested."""
     try:
+        if len(block) < _BLOCK:
+            raise ValueError
         stated = int(block[148:156].strip(b" \0") or b"0", 8)
         size_field = block[124:136]
         size = int.from_bytes(size_field[1:]) if size_field[0] == 0x80 else int(size_field.strip(b" \0") or b"0", 8)
