@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -54,22 +54,29 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
-        self._turn = asyncio.Lock()
         self.failed: Exception | None = None  # of the making, not of the writing
 
+    async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
+        for value, info, arg in zip(values, infos, args, strict=True):
+            await super()._background_serialize([value], [info], [arg])
+
     async def _open_and_write(self, value: Streamed, tspec: dict[str, Any], ts_context: ts.Context) -> None:
-        async with self._turn:
-            compressor = {"id": "blosc", "cname": "lz4", "clevel": 1, "shuffle": 1} if value.compress else None
-            tspec["metadata"] |= {"chunks": list(value.chunk), "compressor": compressor}
-            array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-            blocks, writing = iter(value.blocks()), collections.deque()
+        compressor = {"id": "blosc", "cname": "lz4", "clevel": 1, "shuffle": 1} if value.compress else None
+        tspec["metadata"] |= {"chunks": list(value.chunk), "compressor": compressor}
+        array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+        blocks, writing = iter(value.blocks()), collections.deque()
+        try:
             while (made := self._next(blocks)) is not None:
                 place, block = made
                 writing.append(array[place].write(block, can_reference_source_data_indefinitely=True))
                 if len(writing) > AT_ONCE:
                     await writing.popleft()
+            while writing:
+                await writing.popleft()
+        finally:  # after an error: whoever then removes the files must not find new ones
             for one in writing:
-                await one
+                with contextlib.suppress(Exception):
+                    await one
 
     def _next(self, blocks: Iterator[Any]) -> Any:
         try:

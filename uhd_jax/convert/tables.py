@@ -172,7 +172,7 @@ class Move:
         """As many layers of ours as go into `limit` bytes; where not even one does, so many of its rows, evenly."""
         single = self.shape[1:] if self.entry.stacked else self.shape
         nbytes = math.prod(single) * np.dtype(dtype or self.dtype).itemsize
-        if nbytes > limit:
+        if single and nbytes > limit:
             single = (max(1, -(-single[0] // -(-nbytes // limit))), *single[1:])
         return (max(1, min(self.shape[0], limit // nbytes)), *single) if self.entry.stacked else single
 

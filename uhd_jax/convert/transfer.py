@@ -182,7 +182,10 @@ def export_model(
     chosen = family_named(family) if family else _fitting(config, saved, tokenizer)
     if chosen.write_files is None:
         raise ConvertError(f"{chosen.name} cannot be exported, only imported")
-    infos = flatten(select(saved.tree, chosen.parts))
+    try:
+        infos = flatten(select(saved.tree, chosen.parts))
+    except KeyError:
+        raise ConvertError(f"{chosen.name} holds {', '.join(chosen.parts)}, which the model does not have") from None
     kept, rounded, wanted = _Kept(saved), [], STORED[config.dtype]
 
     def cast(name: str, made: np.ndarray) -> np.ndarray:

@@ -1,0 +1,108 @@
+"""Pickled weights: refused, then read by torch in a process of its own, which runs nothing they hold."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from uhd_jax.convert import pickles
+from uhd_jax.convert.source import open_source
+from uhd_jax.convert.tables import ConvertError
+
+torch = pytest.importorskip("torch")
+TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2], dtype=torch.bfloat16)}
+TENSORS["view"] = TENSORS["a.weight"].T  # shares its memory, and lies otherwise
+
+
+class Evil:
+    """Would make a file as it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def test_refused_without_leave(tmp_path):
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
+        with pytest.raises(ConvertError, match="pytorch_model.bin is a pickle, .* add --allow-pickle"):
+            open_source(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_read_with_leave(tmp_path, capfd, legacy):
+    file = tmp_path / "model.pt"
+    lightning = {"state_dict": TENSORS, "epoch": 3, "hyper_parameters": {"lr": 0.1}}
+    torch.save(lightning if legacy else TENSORS, file, _use_new_zipfile_serialization=not legacy)
+    before = file.read_bytes()
+    with open_source(file, allow_pickle=True) as source:
+        assert set(source.tensors) == set(TENSORS)
+        for name, tensor in TENSORS.items():
+            assert source.tensors[name].dtype.name == str(tensor.dtype).removeprefix("torch.")
+            np.testing.assert_array_equal(source.read(name).astype(np.float32), tensor.float().numpy())
+        scratch = source.tensors["b"].file
+        assert scratch.exists() and tmp_path not in scratch.parents
+    assert not scratch.exists() and file.read_bytes() == before
+    printed = capfd.readouterr().err
+    assert f"sha256 {hashlib.sha256(before).hexdigest()}  {file}" in printed
+    assert ("left out of model.pt: epoch, hyper_parameters" in printed) == legacy
+
+
+def test_shards_and_what_a_trainer_leaves_beside_them(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save({"training": Evil(tmp_path / "evil")}, tmp_path / "training_args.bin")
+    with pytest.raises(ConvertError, match="shards are missing: pytorch_model-00002-of-00002.bin"):
+        open_source(tmp_path, allow_pickle=True)
+    torch.save({"b": torch.ones(3)}, tmp_path / "pytorch_model-00002-of-00002.bin")
+    with open_source(tmp_path, allow_pickle=True) as source:
+        assert {name: info.shape for name, info in source.tensors.items()} == {"a": (2,), "b": (3,)}
+    assert not (tmp_path / "evil").exists()
+
+
+def test_what_would_run_is_not_run(tmp_path):
+    torch.save({"a": torch.ones(2), "b": Evil(tmp_path / "evil")}, tmp_path / "model.ckpt")
+    with pytest.raises(ConvertError, match=r"model.ckpt: torch.load\(weights_only=True\) refuses it: Unpickl"):
+        open_source(tmp_path / "model.ckpt", allow_pickle=True)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_damaged(tmp_path):
+    file = tmp_path / "model.bin"
+    torch.save(TENSORS, file)
+    file.write_bytes(file.read_bytes()[:-400])
+    with pytest.raises(ConvertError, match=r"torch.load\(weights_only=True\) refuses it"):
+        pickles._main(file, tmp_path)
+
+
+def test_a_type_that_safetensors_or_numpy_lacks(tmp_path):
+    torch.save({"a": torch.ones(2, dtype=torch.complex64)}, tmp_path / "model.bin")
+    with pytest.raises(
+        ConvertError, match="model.bin: a is complex64, torch.strided; known are dense tensors of float"
+    ):
+        open_source(tmp_path / "model.bin", allow_pickle=True)
+
+
+def test_torch_is_missing(tmp_path, monkeypatch):
+    torch.save(TENSORS, tmp_path / "model.bin")
+    (tmp_path / "torch.py").write_text("raise ImportError('none here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ConvertError, match="reading a pickle needs PyTorch, here alone: pip install torch"):
+        open_source(tmp_path / "model.bin", allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        ([1], "holds no state dict, but list"),
+        ({}, "holds no state dict"),
+        ({"a": torch.ones(2), "step": 3}, "its state dict holds what is no tensor: step"),
+        ({"state_dict": {"a": torch.ones(2), 7: torch.ones(2)}}, "what is no tensor: 7"),
+    ],
+)
+def test_what_is_no_state_dict(value, words):
+    with pytest.raises(ConvertError, match=words):
+        pickles.tensors_of(value)
