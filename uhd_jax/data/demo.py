@@ -18,6 +18,7 @@ import numpy as np
 
 from uhd_jax.config import ConfigError, from_config_dict
 from uhd_jax.data.chat import ImagePart, Message
+from uhd_jax.slicing import image_io
 from uhd_jax.slicing.plan import Grid, Size
 
 CELL = 56  # pixels; a slice of 112 px holds 2 x 2 cells
@@ -101,6 +102,10 @@ class DigitPages:
         """The rendered page: uint8[rows * 56, cols * 56, 3]."""
         rng = self._rng(index, 1)
         return [_render(self._page(index).cells, rng, augment=self.options.split == "train")]
+
+    def files(self, index: int) -> list[bytes]:
+        """The page as a PNG file."""
+        return [image_io.read_bytes(image) for image in self.images(index)]
 
     def where(self, index: int) -> str:
         """The sample's number."""
