@@ -66,7 +66,7 @@ install_there() {
     act "${TPU[@]}" scp "$archive" "$NAME:uhd_jax.tar.gz" "${WHERE[@]:1}" --worker=all &&
     { [ -z "$SETUP" ] || on_all "$SETUP"; } &&
     on_all "mkdir -p uhd_jax && tar -xzf uhd_jax.tar.gz -C uhd_jax && cd uhd_jax \
-&& python3 -m pip install --quiet --user uv && export PATH=~/.local/bin:\$PATH \
+&& PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv && export PATH=~/.local/bin:\$PATH \
 && { [ -x .venv/bin/python ] || uv venv --quiet --python 3.12 .venv; } \
 && uv pip install --quiet --python .venv/bin/python --editable '.[tpu]' && touch installed"
 }
