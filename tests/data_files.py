@@ -7,7 +7,10 @@ from image_files import png_of
 
 
 def write_records(folder, count=60, seed=0):
-    """Samples with up to three images of many sizes; one image is missing, one is damaged. Returns the path."""
+    """Samples with up to three images of many sizes, for the source "json".
+
+    Sample 3 has no answer, 9 an empty one; the image of 5 is missing; 11 has a role that does not exist.
+    """
     random = np.random.default_rng(seed)
     lines = []
     for number in range(count):
@@ -24,6 +27,8 @@ def write_records(folder, count=60, seed=0):
     lines[3] = {"messages": [{"role": "user", "content": "only a question"}]}
     lines[5]["images"] = ["absent.png"]
     lines[5]["messages"][0]["content"] = [{"type": "image"}]
+    lines[9]["messages"][1]["content"] = " "
+    lines[11]["messages"][0]["role"] = "bot"
     path = folder / "train.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

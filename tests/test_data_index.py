@@ -13,16 +13,16 @@ from image_files import png_of
 from uhd_jax.config import ChatConfig, DataConfig, ImageLimits, SlicingConfig
 from uhd_jax.data import index as indexing
 from uhd_jax.data.chat import ImagePart, Message, encode_chat
-from uhd_jax.data.index import MALFORMED, REFERENCE, block_tokens, index_path, open_index
+from uhd_jax.data.index import REFERENCE, block_tokens, data_stamp, index_path, open_index
 from uhd_jax.data.tokenizer import load_tokenizer
-from uhd_jax.data.windows import REFUSED
+from uhd_jax.data.windows import MALFORMED, REFUSED
 from uhd_jax.slicing.plan import Size, make_plan
 
 SIZES = (Size(100, 90), Size(900, 1400), Size(300, 2000), Size(50, 60))
 
 
 def data_of(path):
-    return DataConfig("records", {"path": str(path)})
+    return DataConfig("json", {"path": str(path)})
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,11 @@ def test_sizes_texts_and_troubles(tmp_path):
     assert made and len(index) == 60
     records = [json.loads(line) for line in path.read_text().splitlines()]
     sizes = [len(record.get("images", [])) for record in records]
-    sizes[5] = 0
+    sizes[5] = sizes[11] = 0
     np.testing.assert_array_equal(index.images, sizes)
-    assert list(index.troubles) == [5]
+    assert list(index.troubles) == [5, 11]
+    assert index.troubles[11].counter == MALFORMED and "'bot'" in index.troubles[11].reason
+    assert np.flatnonzero(~index.answered).tolist() == [5, 9, 11]
     assert index.troubles[5].counter == REFUSED and "absent.png: no such file" in index.troubles[5].reason
     (texts,) = index.texts.values()
     assert texts.trained[3] == 0 < texts.tokens[3] and texts.tokens[5] == 0
@@ -108,9 +110,9 @@ def test_another_prompt_form_is_added_without_reading_sizes(tmp_path, monkeypatc
     for file in tmp_path.glob("*.png"):
         file.unlink()
     both, made = open_index(data, [ChatConfig(), ChatConfig(system="Be brief.")], path=kept)
-    assert made and len(both.texts) == 2 and len(both.sizes) and list(both.troubles) == [5]
+    assert made and len(both.texts) == 2 and len(both.sizes) and list(both.troubles) == [5, 11]
     first, second = both.texts.values()
-    assert np.flatnonzero(second.tokens <= first.tokens).tolist() == [5]
+    assert np.flatnonzero(second.tokens <= first.tokens).tolist() == [5, 11]
     assert not open_index(data, [ChatConfig(system="Be brief.")], path=kept)[1]
 
 
@@ -137,6 +139,35 @@ def test_made_anew_when_the_data_has_changed(tmp_path, change):
     assert not open_index(data, [ChatConfig()], path=index_path(data))[1]
 
 
+def test_a_mixture_is_the_indices_of_its_parts(tmp_path):
+    folders = tmp_path / "a", tmp_path / "b"
+    parts = []
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        options = {"path": str(write_records(folder, 30 + seed, seed))}
+        parts.append({"name": folder.name, "source": "json", "options": options, "weight": 1.0})
+    index, made = open_index(DataConfig("mixture", {"parts": parts}), [ChatConfig()])
+    assert made and index.parts == (30, 31) and list(index.troubles) == [5, 11, 35, 41]
+    second, made = open_index(
+        data_of(folders[1] / "train.jsonl"), [ChatConfig()], path=index_path(data_of(folders[1] / "train.jsonl"))
+    )
+    assert not made
+    (texts,), (expected,) = index.texts.values(), second.texts.values()
+    np.testing.assert_array_equal(texts.tokens[30:], expected.tokens)
+    assert index.sizes_of(36) == second.sizes_of(6) and index.answered[30:].tolist() == second.answered.tolist()
+
+
+def test_a_pattern_has_a_place(tmp_path):
+    write_records(tmp_path)
+    data = data_of(tmp_path / "tr*.jsonl")
+    assert index_path(data) == tmp_path / "tr_.jsonl.uhd-index.npz"
+    before = data_stamp(data)
+    assert data_stamp(data) == before
+    (tmp_path / "train2.jsonl").write_text("{}")
+    assert data_stamp(data) != before
+    assert index_path(data_of(tmp_path / "*/train.jsonl")) is None
+
+
 def test_made_anew_for_other_limits(tmp_path):
     data = data_of(write_records(tmp_path))
     open_index(data, [], path=index_path(data))
@@ -151,7 +182,6 @@ def test_a_source_without_files_has_no_place_for_an_index(tmp_path):
 
 def test_nothing_is_left_of_an_index_that_cannot_be_written(tmp_path, monkeypatch):
     data = data_of(write_records(tmp_path))
-    before = sorted(os.listdir(tmp_path))
 
     def full(file, **_):
         file.write(b"some")
@@ -160,4 +190,4 @@ def test_nothing_is_left_of_an_index_that_cannot_be_written(tmp_path, monkeypatc
     monkeypatch.setattr(np, "savez_compressed", full)
     with pytest.raises(OSError, match="No space"):
         open_index(data, [], path=index_path(data))
-    assert sorted(os.listdir(tmp_path)) == before
+    assert not [name for name in os.listdir(tmp_path) if "uhd-index" in name]

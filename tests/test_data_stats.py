@@ -15,7 +15,7 @@ from uhd_jax.config import BucketConfig, ChatConfig, DataConfig, PreResizeConfig
 from uhd_jax.data.index import open_index
 from uhd_jax.data.sources import make_source
 from uhd_jax.data.tokenizer import load_tokenizer
-from uhd_jax.data.windows import FEWER_SLICES, REFUSED, TOO_LONG, UNTRAINED, WindowPlanner
+from uhd_jax.data.windows import FEWER_SLICES, MALFORMED, REFUSED, TOO_LONG, UNTRAINED, WindowPlanner
 
 MODEL = dataclasses.replace(
     tiny.MODEL,
@@ -27,7 +27,7 @@ TRAIN = TrainConfig(stages=(tiny.stage(),), packing_window=32)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return DataConfig("records", {"path": str(write_records(tmp_path_factory.mktemp("records")))})
+    return DataConfig("json", {"path": str(write_records(tmp_path_factory.mktemp("records")))})
 
 
 def stage_data(data, model=MODEL, **changes):
@@ -70,13 +70,13 @@ def test_what_becomes_of_a_sample_is_what_training_does(data, changes, chat):
             assert fit.patches[number] == sum(plan.patches for plan in sample.plans)
             assert fit.trained[number] == sample.trained.sum()
     assert fit.counters == dict(counters)
-    assert fit.counters[REFUSED] == 1 and fit.counters.get(TOO_LONG, 0) > 0
+    assert fit.counters[REFUSED] == fit.counters[MALFORMED] == 1 and fit.counters.get(TOO_LONG, 0) > 0
 
 
 def test_reasons_are_given_with_examples(data):
     fit = stage_data(data, buckets=BUCKETS[:1]).fit()
     assert fit.counters[TOO_LONG] > 3 == len(fit.examples[TOO_LONG])
-    assert fit.examples[UNTRAINED] == [(3, "no answer to train on")]
+    assert fit.examples[UNTRAINED] == [(3, "no answer to train on"), (9, "an answer is empty")]
     ((number, reason),) = fit.examples[REFUSED]
     assert number == 5 and "absent.png" in reason
     assert all(f"{fit.limits[number]} instead of 6" in reason for number, reason in fit.examples[FEWER_SLICES])
@@ -85,11 +85,11 @@ def test_reasons_are_given_with_examples(data):
 def test_more_programs_waste_less(data):
     report, fit = stage_report(stage_data(data), (1, 4))
     assert [one["name"] for one in report["bucket_lists"]] == [
-        "planned, at most 2",
-        "planned, at most 1",
-        "planned, at most 4",
+        "1 program",
+        "2 programs, as now",
+        "4 programs",
     ]
-    own, one, four = (found["padding"] for found in report["bucket_lists"])
+    one, own, four = (found["padding"] for found in report["bucket_lists"])
     assert 0 < four["work"] < own["work"] < one["work"] < 0.9
     assert (
         report["kept"]
@@ -104,6 +104,20 @@ def test_nothing_usable_is_no_error(data):
     report, fit = stage_report(stage_data(data, packed_length=2), (1,))
     assert not fit.kept.any() and report["tokens"] is None and report["kept"] == 0
     assert report["bucket_lists"][0]["padding"]["work"] is None
+
+
+def test_a_mixture_is_packed_in_its_shares(tmp_path):
+    counts, parts = (40, 40), []
+    for name, weight, count in zip("ab", (0.9, 0.1), counts, strict=True):
+        (tmp_path / name).mkdir()
+        options = {"path": str(write_records(tmp_path / name, count))}
+        parts.append({"name": name, "source": "json", "options": options, "weight": weight})
+    mixture = DataConfig("mixture", {"parts": parts})
+    seen = stage_data(mixture)
+    planner = WindowPlanner(seen.stage, seen.model, TRAIN, make_source(mixture), load_tokenizer("bytes", ChatConfig()))
+    assert seen._places[:500].tolist() == [planner._stream[place] for place in range(500)]
+    assert (seen._places < 40).mean() == pytest.approx(0.9, abs=0.02)
+    assert seen.fit().buckets == planner.buckets
 
 
 def test_refilled_images_are_drawn(data):

@@ -11,16 +11,15 @@ from image_files import SAVE, encode, photo
 
 from uhd_jax.config import DataConfig
 from uhd_jax.data import pack as packing
-from uhd_jax.data.index import MALFORMED
 from uhd_jax.data.pack import PackError, pack
 from uhd_jax.data.sources import make_source
-from uhd_jax.data.windows import REFUSED
+from uhd_jax.data.windows import MALFORMED, REFUSED
 from uhd_jax.data.workers import WorkerError
 from uhd_jax.slicing.plan import ImageRefused
 
 
 def data_of(path):
-    return DataConfig("records", {"path": str(path)})
+    return DataConfig("json", {"path": str(path)})
 
 
 def packed(folder):
@@ -41,11 +40,12 @@ def test_everything_comes_out_again(tmp_path):
     data = data_of(write_records(tmp_path))
     done = []
     summary = pack(data, tmp_path / "out", shard_samples=16, progress=lambda *counts: done.append(counts))
-    assert_holds(tmp_path / "out", data, left_out=[5])
-    assert summary["complete"] and (summary["samples"], summary["shards"]) == (59, 4)
-    assert summary["skipped"] == {REFUSED: 1} and done[-1] == (60, 60)
-    (line,) = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    assert_holds(tmp_path / "out", data, left_out=[5, 11])
+    assert summary["complete"] and (summary["samples"], summary["shards"]) == (58, 4)
+    assert summary["skipped"] == {REFUSED: 1, MALFORMED: 1} and done[-1] == (60, 60)
+    line, other = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
     assert line["sample"] == 5 and line["where"].endswith("train.jsonl:6") and "absent.png" in line["reason"]
+    assert other["sample"] == 11 and "'bot'" in other["reason"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *(f"data-0000{shard}-of-00004.arrayrecord" for shard in range(4)),
         "pack.json",
@@ -78,7 +78,7 @@ def test_damaged_pixels_are_kept_for_training_to_count(tmp_path):
 
 def test_malformed_samples_are_counted_apart(tmp_path, monkeypatch):
     data = data_of(write_records(tmp_path))
-    monkeypatch.setattr("uhd_jax.data.sources.Records.files", lambda self, index: [b""] if index == 3 else [])
+    monkeypatch.setattr("uhd_jax.data.sources.JsonFile.files", lambda self, index: [b""] if index == 3 else [])
     summary = pack(data, tmp_path / "out")
     assert summary["skipped"][MALFORMED] >= 2 and summary["skipped"][REFUSED] == 1
 
@@ -124,8 +124,8 @@ def test_goes_on_with_the_shards_that_are_missing(tmp_path, monkeypatch):
 def test_a_shard_without_a_usable_sample_is_no_file(tmp_path):
     data = data_of(write_records(tmp_path))
     summary = pack(data, tmp_path / "out", shard_samples=1)
-    assert summary["shards"] == summary["samples"] == 59
-    assert_holds(tmp_path / "out", data, left_out=[5])
+    assert summary["shards"] == summary["samples"] == 58
+    assert_holds(tmp_path / "out", data, left_out=[5, 11])
 
 
 def test_other_data_is_not_mixed_in(tmp_path):

@@ -17,13 +17,15 @@ import numpy as np
 from uhd_jax.config import BucketConfig, ModelConfig, StageConfig, TrainConfig, to_dict
 from uhd_jax.data.buckets import patch_work, plan_buckets
 from uhd_jax.data.chat import Needs
-from uhd_jax.data.index import DataIndex, block_tokens, chat_key
+from uhd_jax.data.index import DataIndex, Trouble, block_tokens, chat_key
+from uhd_jax.data.sources import check_data
+from uhd_jax.data.sources.mixture import MixedStream, MixtureOptions, Stream
 from uhd_jax.data.tokenizer import load_tokenizer
 from uhd_jax.data.waste import Waste, packing_waste
-from uhd_jax.data.windows import FEWER_SLICES, PLANNING_SAMPLES, TOO_LONG, UNTRAINED
+from uhd_jax.data.windows import FEWER_SLICES, PLANNING_SAMPLES, TOO_LONG, UNTRAINED, stage_seed
 from uhd_jax.slicing.plan import Plan, Size, plan_image
 
-PACKED = 8192  # samples that are packed to measure padding, and more where the data has as many
+PACKED = 8192  # places of the stream that are packed to measure padding
 EXAMPLES = 3  # samples named per reason
 _SHARES = (0, 0.05, 0.5, 0.95, 0.99, 1)  # of samples, at which lengths are given
 
@@ -63,6 +65,12 @@ class StageData:
         chat = self.model.chat
         self._tokenizer = load_tokenizer(chat.tokenizer, chat)
         self._texts = index.texts[chat_key(chat, self._tokenizer)]
+        self._troubles = self._texts.troubles.copy()
+        if stage.objective == "language":
+            silent = np.flatnonzero(~index.answered).tolist()
+            self._troubles |= {sample: Trouble(UNTRAINED, "an answer is empty") for sample in silent}
+        self._troubles |= index.troubles
+        self._places = self._seen(PACKED)
         draws = np.random.default_rng(train.seed).random(len(index.sizes))
         refilled = draws < self.model.slicing.pre_resize.refill_probability
         cases = np.concatenate([index.sizes, refilled[:, None].astype(np.int32)], axis=1)
@@ -76,14 +84,16 @@ class StageData:
           buckets: shapes of rows; default: the stage's, and where it has none those that would be planned for it.
         """
         stage, index, texts = self.stage, self.index, self._texts
-        buckets = tuple(buckets) or stage.buckets or self.plan(stage.bucket_budget)
+        buckets = tuple(buckets) or stage.buckets or self.plan(stage.bucket_budget, whole=False)
         limits, needs = self._fit(buckets)
-        troubles = texts.troubles | index.troubles
-        bad = np.isin(np.arange(len(index)), list(troubles))
-        reasons = {sample: (trouble.counter, trouble.reason) for sample, trouble in troubles.items()}
+        reasons = {sample: tuple(trouble) for sample, trouble in self._troubles.items()}
+        bad = np.isin(np.arange(len(index)), list(reasons))
         dropped = np.flatnonzero(~bad & (limits == 0)).tolist()
         longest = max(bucket.tokens for bucket in buckets)
-        reasons |= {i: (TOO_LONG, f"fits into no row, of {longest} tokens at most") for i in dropped}
+        for i in dropped:
+            tokens, views, *_ = needs[:, i]
+            smallest = f"{tokens} tokens and {views} views at one view per image"
+            reasons[i] = TOO_LONG, f"{smallest} fit into no row; the longest has {longest} tokens"
         untrained = ~bad & (limits > 0) & (texts.trained == 0)
         reasons |= {i: (UNTRAINED, "no answer to train on") for i in np.flatnonzero(untrained).tolist()}
         limits = np.where(untrained, 0, limits)
@@ -106,36 +116,50 @@ class StageData:
             buckets=buckets,
         )
 
-    def plan(self, budget: int) -> tuple[BucketConfig, ...]:
-        """At most `budget` buckets that waste little, from samples spread evenly over the data.
+    def plan(self, budget: int, whole: bool = True) -> tuple[BucketConfig, ...]:
+        """At most `budget` buckets that waste little, from the first samples of the stage's stream.
 
-        The largest view of all the data has room in the last one; a training that plans by itself sees fewer samples.
+        Args:
+          budget: how many programs may be compiled.
+          whole: the most views and the largest view of all the data have room too. A training that plans for itself has
+            not seen them.
         """
         stage = self.stage
         widest = BucketConfig(slots=stage.slots or sys.maxsize, tokens=stage.packed_length, patches=sys.maxsize)
         limits, needs = self._fit((widest,))
-        kept = np.flatnonzero((limits > 0) & (self._texts.trained > 0))
-        chosen = set(_spread(kept, PLANNING_SAMPLES).tolist())
-        chosen |= {int(kept[needs[row, kept].argmax()]) for row in (1, 2) if len(kept)}
-        samples = [Needs(*needs[:3, i].tolist()) for i in sorted(chosen)]
+        usable = (limits > 0) & (self._texts.trained > 0)
+        first = self._places[: min(PLANNING_SAMPLES, len(self.index))]
+        chosen = first[usable[first]].tolist()
+        kept = np.flatnonzero(usable)
+        if whole and len(kept):
+            chosen += [int(kept[needs[row, kept].argmax()]) for row in (1, 2)]
+        samples = [Needs(*needs[:3, i].tolist()) for i in chosen]
         return plan_buckets(samples, stage.packed_length, budget, patch_work(self.model), stage.slots)
 
     def waste(self, fit: StageFit) -> Waste:
         """The padding that the samples of a fit cost in its buckets, packed as in training."""
-        kept = _spread(np.flatnonzero(fit.kept), PACKED)
-        order = np.random.default_rng(self._train.seed).permutation(kept).tolist()
-        order *= -(-PACKED // max(1, len(order)))  # few samples come again and again, as they do in training
+        order = self._places[fit.kept[self._places]].tolist()
         samples = [Needs(int(fit.tokens[i]), int(fit.views[i]), int(fit.largest[i])) for i in order]
         patches = [int(fit.patches[i]) for i in order]
         window = self._train.packing_window
         return packing_waste(samples, patches, fit.buckets, patch_work(self.model), self.stage.rows, window)
 
+    def _seen(self, count: int) -> np.ndarray:
+        """int64[count]: the samples at the first places of the stage's stream; few come again and again."""
+        options, seed = check_data(self.stage.data), stage_seed(self.stage, self._train)
+        mixed = isinstance(options, MixtureOptions)
+        stream = MixedStream(options.parts, self.index.parts, seed) if mixed else Stream(len(self.index), seed)
+        return np.array([stream[place] for place in range(count)], np.int64)
+
     def _fit(self, buckets: Sequence[BucketConfig]) -> tuple[np.ndarray, np.ndarray]:
-        """Slices per image, 0 where even one is too many; and tokens, views, largest view, patches: int64[4, N]."""
+        """Slices per image, and tokens, views, largest view, patches: int64[4, N].
+
+        Where even one slice is too much the first is 0, and the others are what one would need.
+        """
         count = len(self.index)
         limits, needs = np.zeros(count, np.int64), np.zeros((4, count), np.int64)
         waiting = np.ones(count, bool)
-        waiting[list(self._texts.troubles | self.index.troubles)] = False
+        waiting[list(self._troubles)] = False
         for limit in range(self.stage.max_slices, 0, -1):
             found = self._needs(limit, waiting)
             tokens, views, largest, _ = found
@@ -147,6 +171,8 @@ class StageData:
             waiting &= ~room
             if not waiting.any():
                 break
+        else:
+            needs[:, waiting] = found[:, waiting]
         return limits, needs
 
     def _needs(self, limit: int, wanted: np.ndarray) -> np.ndarray:
@@ -188,10 +214,10 @@ def stage_report(data: StageData, budgets: Sequence[int]) -> tuple[dict[str, Any
     """
     stage, index = data.stage, data.index
     fit = data.fit()
-    lists = {"as configured" if stage.buckets else f"planned, at most {stage.bucket_budget}": fit}
-    for budget in budgets:
-        if stage.buckets or budget != stage.bucket_budget:
-            lists[f"planned, at most {budget}"] = data.fit(data.plan(budget))
+    lists = {"the stage's own": fit} if stage.buckets else {}
+    for budget in sorted({*budgets} | ({stage.bucket_budget} if not stage.buckets else set())):
+        own = budget == stage.bucket_budget and not stage.buckets
+        lists[f"{budget} program{'s' * (budget > 1)}{', as now' * own}"] = fit if own else data.fit(data.plan(budget))
     kept = fit.kept
     report = {
         "stage": stage.name,
@@ -223,11 +249,6 @@ def bucket_list(name: str, data: StageData, fit: StageFit) -> dict[str, Any]:
         "fewer_slices": fit.counters.get(FEWER_SLICES, 0),
         "padding": {key: getattr(waste, key) if known else None for key in ("tokens", "slots", "patches", "work")},
     }
-
-
-def _spread(values: np.ndarray, count: int) -> np.ndarray:
-    """At most so many of the values, evenly spread."""
-    return values[np.linspace(0, len(values) - 1, count).astype(int)] if len(values) > count else values
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float] | None:

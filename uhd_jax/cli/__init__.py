@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": "ask a trained model about images",
     "convert": "read and write checkpoints of PyTorch and transformers",
     "slices": "show how an image is cut: as a table, as JSON, as a picture",
+    "data": "look at data, plan buckets for it, pack it into shards",
     "evaluate": "score a trained model on a task",
     "report": "gather a run's results and draw its losses",
     "cost": "parameters, visual tokens, FLOPs and memory of configurations, also as published",

@@ -120,7 +120,7 @@ def _add_option(complete: ConfigDict, override: str) -> bool:
         else:
             known = ()
         if part not in known and depth == len(path) and path[-3:-1] == ("data", "options"):
-            value[part] = _to_config_dict(_literal(text))
+            value[part] = _to_config_dict(literal(text))
             return True
         if part not in known:
             raise UsageError(f"{flag}: unknown key {part!r}; known here: {', '.join(map(str, known)) or 'none'}")
@@ -128,7 +128,7 @@ def _add_option(complete: ConfigDict, override: str) -> bool:
     return False
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
     """What JSON, or else Python, reads in a text, with JSON types only; the text itself where neither does."""
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

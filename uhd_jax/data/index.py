@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import os
+import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +24,14 @@ import numpy as np
 from uhd_jax.config import ChatConfig, DataConfig, ImageLimits, to_dict
 from uhd_jax.data import workers
 from uhd_jax.data.chat import ChatError, EncodedSample, ImagePart, Message, encode_chat
-from uhd_jax.data.record_format import RecordError
-from uhd_jax.data.sources import Source, SourceError, make_source
+from uhd_jax.data.sources import Source, SourceError, check_data, make_source
+from uhd_jax.data.sources.mixture import MixtureOptions
 from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
-from uhd_jax.data.windows import REFUSED
+from uhd_jax.data.windows import MALFORMED, REFUSED, says_something
 from uhd_jax.slicing.plan import ImageRefused, Plan, Size, ViewPlan
 from uhd_jax.slicing.sizes import Grid
 
 SUFFIX = ".uhd-index.npz"
-MALFORMED = "samples_dropped_malformed"  # a record that the source, or a conversation that the prompt form, cannot take
 STRETCH = 512  # samples that a worker reads at a time
 _VERSION = 1
 _COMPARED = 16  # samples read anew before an index is used again: what stands in a folder shows no time of change
@@ -61,8 +62,10 @@ class DataIndex:
 
     starts: np.ndarray  # int64[N + 1]: images of sample i are sizes[starts[i]:starts[i + 1]]
     sizes: np.ndarray  # int32[images, 2], (height, width)
+    answered: np.ndarray  # bool[N]: every answer says something
     troubles: dict[int, Trouble]  # samples whose images cannot be opened, or whose record is malformed
     texts: dict[str, Texts]
+    parts: tuple[int, ...] = ()  # of a mixture: samples of each part
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -87,10 +90,16 @@ def chat_key(chat: ChatConfig, tokenizer: Tokenizer) -> str:
 def index_path(data: DataConfig) -> Path | None:
     """Where an index is kept: beside the file, or in the folder, that the source names; None where it names none."""
     name = data.options.get("path")
-    if not isinstance(name, str) or not os.path.exists(name):
+    if not isinstance(name, str) or not (os.path.exists(name) or _matches(name)):
         return None
     path = Path(name)
-    return path / f"data{SUFFIX}" if path.is_dir() else path.with_name(path.name + SUFFIX)
+    return path / f"data{SUFFIX}" if path.is_dir() else path.with_name(re.sub(r"[*?\[\]]+", "_", path.name) + SUFFIX)
+
+
+def _matches(pattern: str) -> list[str]:
+    """Files that a pattern in a folder names; none for a pattern of folders, which has no place of its own."""
+    folder, name = os.path.split(pattern)
+    return glob.glob(os.path.join(glob.escape(folder), name)) if os.path.isdir(folder or ".") else []
 
 
 def open_index(
@@ -107,7 +116,7 @@ def open_index(
       data: the source.
       chats: prompt forms whose lengths are wanted, with the tokenizers that they name; may be none.
       limits: what an image may be.
-      path: the file of the index; None: not kept.
+      path: the file of the index; None: not kept. The parts of a mixture are kept each in its own place.
       processes: that read the data.
       progress: called with samples done and samples in all.
 
@@ -119,6 +128,9 @@ def open_index(
       WorkerError: a process is gone.
       OSError: the file cannot be written.
     """
+    options = check_data(data)
+    if isinstance(options, MixtureOptions):
+        return _open_parts(options, chats, limits, processes, progress)
     source = make_source(data, limits)
     tokenizers = {
         key: (chat, tokenizer)
@@ -144,21 +156,68 @@ def open_index(
     return made, True
 
 
+def _open_parts(
+    options: MixtureOptions,
+    chats: Sequence[ChatConfig],
+    limits: ImageLimits,
+    processes: int,
+    progress: Callable[[int, int], None],
+) -> tuple[DataIndex, bool]:
+    """The index of a mixture, out of those of its parts."""
+    parts = [DataConfig(part.source, part.options) for part in options.parts]
+    opened = [open_index(part, chats, limits, index_path(part), processes, progress) for part in parts]
+    indices = [index for index, _ in opened]
+    firsts = np.cumsum([0, *map(len, indices)]).tolist()
+
+    def joined(kinds: Iterable[dict[int, Trouble]]) -> dict[int, Trouble]:
+        pairs = zip(firsts, kinds, strict=False)
+        return {first + sample: trouble for first, kind in pairs for sample, trouble in kind.items()}
+
+    texts = {
+        key: Texts(
+            np.concatenate([index.texts[key].tokens for index in indices]),
+            np.concatenate([index.texts[key].trained for index in indices]),
+            joined(index.texts[key].troubles for index in indices),
+        )
+        for key in {chat_key(chat, load_tokenizer(chat.tokenizer, chat)) for chat in chats}
+    }
+    images = np.concatenate([index.images for index in indices])
+    index = DataIndex(
+        starts=np.concatenate(([0], images.cumsum())),
+        sizes=np.concatenate([index.sizes for index in indices]),
+        answered=np.concatenate([index.answered for index in indices]),
+        troubles=joined(index.troubles for index in indices),
+        texts=texts,
+        parts=tuple(map(len, indices)),
+    )
+    return index, any(made for _, made in opened)
+
+
+class Measured(NamedTuple):
+    """What an index says of one sample."""
+
+    sizes: list[Size]
+    answered: bool
+    trouble: Trouble | None
+    texts: dict[str, tuple[int, int] | Trouble]  # tokens and trained tokens by `chat_key`
+
+
 def measure(
     source: Source, sample: int, chats: Mapping[str, tuple[ChatConfig, Tokenizer]], sizes: bool = True
-) -> tuple[list[Size], Trouble | None, dict[str, tuple[int, int] | Trouble]]:
-    """What an index says of a sample: sizes, what is wrong, and per prompt form its tokens and trained tokens."""
+) -> Measured:
+    """Looks at a sample; without `sizes`, not at its images."""
     try:
-        found = source.sizes(sample) if sizes else []
         messages = source.messages(sample)
+        found = source.sizes(sample) if sizes else []
     except ImageRefused as error:
-        return [], Trouble(REFUSED, str(error)), {}
-    except (SourceError, RecordError) as error:
-        return [], Trouble(MALFORMED, str(error)), {}
+        return Measured([], False, Trouble(REFUSED, str(error)), {})
+    except SourceError as error:
+        return Measured([], False, Trouble(MALFORMED, str(error).removeprefix(f"{source.where(sample)}: ")), {})
     parts = [part for message in messages for part in message.parts if not isinstance(part, str)]
     images = sum(1 if isinstance(part, ImagePart) else part.pictures for part in parts)
     if sizes and images != len(found):
-        return [], Trouble(MALFORMED, f"{len(found)} images, but the messages show {images}"), {}
+        reason = f"{len(found)} images, but the messages show {images}"
+        return Measured([], False, Trouble(MALFORMED, reason), {})
     lengths: dict[str, tuple[int, int] | Trouble] = {}
     for key, (chat, tokenizer) in chats.items():
         try:
@@ -166,7 +225,7 @@ def measure(
             lengths[key] = len(encoded.tokens), int(encoded.trained.sum())
         except ChatError as error:
             lengths[key] = Trouble(MALFORMED, str(error))
-    return found, None, lengths
+    return Measured(found, all(map(says_something, messages)), None, lengths)
 
 
 def block_tokens(plan: Plan, tokenizer: Tokenizer, chat: ChatConfig) -> int:
@@ -199,7 +258,7 @@ class _Job:
 
 
 def _make(job: _Job, count: int, processes: int, progress: Callable[[int, int], None]) -> DataIndex:
-    images = np.zeros(count, np.int64)
+    images, answered = np.zeros(count, np.int64), np.zeros(count, bool)
     sizes: list[np.ndarray] = []
     troubles: dict[int, Trouble] = {}
     texts: dict[str, Texts] = {}
@@ -208,30 +267,30 @@ def _make(job: _Job, count: int, processes: int, progress: Callable[[int, int], 
         texts[key] = Texts(np.zeros(count, np.int32), np.zeros(count, np.int32), {})
     stretches = workers.stretches(count, STRETCH)
     for stretch, results in zip(stretches, workers.run(job, stretches, processes), strict=True):
-        found = [size for result in results for size in result[0]]
+        found = [size for measured in results for size in measured.sizes]
         sizes.append(np.array(found, np.int32).reshape(-1, 2))
-        for sample, (its_sizes, trouble, lengths) in zip(stretch, results, strict=True):
-            images[sample] = len(its_sizes)
-            if trouble:
-                troubles[sample] = trouble
-            for key, length in lengths.items():
+        for sample, measured in zip(stretch, results, strict=True):
+            images[sample], answered[sample] = len(measured.sizes), measured.answered
+            if measured.trouble:
+                troubles[sample] = measured.trouble
+            for key, length in measured.texts.items():
                 if isinstance(length, Trouble):
                     texts[key].troubles[sample] = length
                 else:
                     texts[key].tokens[sample], texts[key].trained[sample] = length
         progress(stretch.stop, count)
     all_sizes = np.concatenate(sizes) if sizes else np.zeros((0, 2), np.int32)
-    return DataIndex(np.concatenate(([0], images.cumsum())), all_sizes, troubles, texts)
+    return DataIndex(np.concatenate(([0], images.cumsum())), all_sizes, answered, troubles, texts)
 
 
 def _still_right(kept: DataIndex, source: Source, tokenizers: Mapping[str, tuple[ChatConfig, Tokenizer]]) -> bool:
     """Whether some samples, evenly spread, are still what the index says."""
     known = {key: pair for key, pair in tokenizers.items() if key in kept.texts}
     for sample in np.linspace(0, len(kept) - 1, min(len(kept), _COMPARED)).astype(int).tolist():
-        sizes, trouble, lengths = measure(source, sample, known)
-        if sizes != kept.sizes_of(sample) or (trouble is None) == (sample in kept.troubles):
+        measured = measure(source, sample, known)
+        if measured.sizes != kept.sizes_of(sample) or (measured.trouble is None) == (sample in kept.troubles):
             return False
-        for key, length in lengths.items():
+        for key, length in measured.texts.items():
             texts = kept.texts[key]
             said = texts.troubles.get(sample) or (int(texts.tokens[sample]), int(texts.trained[sample]))
             if length != said:
@@ -240,12 +299,14 @@ def _still_right(kept: DataIndex, source: Source, tokenizers: Mapping[str, tuple
 
 
 def data_stamp(data: DataConfig) -> list[Any]:
-    """The options of a source, and sizes and times of the files that they name or that stand in folders they name."""
+    """The options of a source, and sizes and times of the files that its path names, or of those in that folder."""
     facts: list[Any] = [to_dict(data)]
-    for value in data.options.values():
-        if not isinstance(value, str) or not os.path.exists(value):
+    named = [data.options, *(part.get("options", {}) for part in data.options.get("parts", ()))]
+    for path in (options.get("path") for options in named):
+        if not isinstance(path, str):
             continue
-        entries = list(os.scandir(value)) if os.path.isdir(value) else [Path(value)]
+        found = [path] if os.path.exists(path) else _matches(path)
+        entries = list(os.scandir(path)) if os.path.isdir(path) else list(map(Path, found))
         digest = hashlib.sha256()
         for entry in sorted(entries, key=lambda entry: entry.name):
             if not entry.name.startswith(".") and not entry.name.endswith(SUFFIX):
@@ -256,7 +317,7 @@ def data_stamp(data: DataConfig) -> list[Any]:
 
 
 def _save(path: Path, index: DataIndex, stamp: Mapping[str, Any]) -> None:
-    arrays = {"starts": index.starts, "sizes": index.sizes}
+    arrays = {"starts": index.starts, "sizes": index.sizes, "answered": index.answered}
     meta = dict(stamp) | {"troubles": _to_json(index.troubles), "texts": {}}
     for key, texts in index.texts.items():
         arrays |= {f"{key}.tokens": texts.tokens, f"{key}.trained": texts.trained}
@@ -282,7 +343,8 @@ def _load(path: Path, stamp: Mapping[str, Any]) -> DataIndex | None:
                 key: Texts(arrays[f"{key}.tokens"], arrays[f"{key}.trained"], _from_json(troubles))
                 for key, troubles in meta["texts"].items()
             }
-            return DataIndex(arrays["starts"], arrays["sizes"], _from_json(meta["troubles"]), texts)
+            troubles = _from_json(meta["troubles"])
+            return DataIndex(arrays["starts"], arrays["sizes"], arrays["answered"], troubles, texts)
     except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
         return None
 

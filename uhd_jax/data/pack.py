@@ -23,10 +23,10 @@ from typing import Any
 
 from uhd_jax.config import DataConfig, ImageLimits, to_dict
 from uhd_jax.data import record_format, workers
-from uhd_jax.data.index import MALFORMED, data_stamp
+from uhd_jax.data.index import data_stamp
 from uhd_jax.data.record_format import PackedSample, RecordError
 from uhd_jax.data.sources import Source, SourceError, make_source
-from uhd_jax.data.windows import REFUSED
+from uhd_jax.data.windows import MALFORMED, REFUSED
 from uhd_jax.slicing.plan import ImageRefused
 
 SUMMARY, SKIPPED = "pack.json", "skipped.jsonl"

@@ -87,7 +87,7 @@ class WindowPlanner:
         self._tokenizer = tokenizer
         self._window = train.packing_window
         self._max_broken = train.max_broken_samples
-        self._seed = int.from_bytes(hashlib.sha256(f"{train.seed} {stage.name}".encode()).digest()[:4])
+        self._seed = stage_seed(stage, train)
         if len(source) == 0:
             raise PipelineError(f"stage {stage.name!r}: the source {stage.data.source!r} is empty")
         self._stream = source.stream(self._seed) if isinstance(source, Mixture) else Stream(len(source), self._seed)
@@ -172,7 +172,7 @@ class WindowPlanner:
         index = self._stream[place]
         try:
             messages, sizes = self.source.messages(index), self.source.sizes(index)
-            if self.stage.objective == "language" and not all(map(_says_something, messages)):
+            if self.stage.objective == "language" and not all(map(says_something, messages)):
                 return None, Problem(index, UNTRAINED, "an answer is empty")
             draws = np.random.default_rng((self._seed, place, 1)).random(len(sizes))  # 1: apart from a window's own
 
@@ -219,6 +219,11 @@ class WindowPlanner:
         return plan_buckets(needs, stage.packed_length, stage.bucket_budget, patch_work(self.model), stage.slots)
 
 
-def _says_something(message: Message) -> bool:
+def stage_seed(stage: StageConfig, train: TrainConfig) -> int:
+    """The seed of a stage's stream of samples: stages of the same data do not see it in the same order."""
+    return int.from_bytes(hashlib.sha256(f"{train.seed} {stage.name}".encode()).digest()[:4])
+
+
+def says_something(message: Message) -> bool:
     """Whether a turn is no answer, or one with a text."""
     return message.role != "assistant" or any(isinstance(part, str) and part.strip() for part in message.parts)
