@@ -101,6 +101,8 @@ def test_images_that_all_fail_in_decoding_end_the_run(capsys, tmp_path):
     assert "samples_dropped_bad_image " in last and str(path) in last and "finite" not in err
     named = [line for line in said if line.startswith(f"{path}:")]
     assert len(named) == len(set(named)) <= 12 and any(line.startswith(f"{path}:1: ") for line in named)
+    listed = [json.loads(line) for line in (workdir / "dropped.jsonl").read_text().splitlines()]
+    assert [f"{one['where']}: {one['counter']}: {one['reason']}" for one in listed] == named
 
 
 def test_a_full_disk_is_the_last_line_and_no_traceback_is_before_it(in_a_process, config_file, tmp_path):

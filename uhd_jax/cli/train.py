@@ -90,7 +90,7 @@ def _train(workdir: Path, config: RunConfig) -> TrainResult:
 
     @contextlib.contextmanager
     def opened(config: RunConfig, stage_index: int):
-        with make_batches(config, stage_index) as batches:
+        with make_batches(config, stage_index, workdir) as batches:
             if is_first:  # not earlier: a run that is refused leaves the folder as it was
                 summary.unlink(missing_ok=True)
                 _keep_tokenizer(config, workdir)

@@ -17,9 +17,12 @@ class DroppedList:
     def __init__(self, path: Path):
         self._path = path
         self._known: set[tuple[str, str]] = set()
+        self._start = ""  # of the next line
         with contextlib.suppress(OSError):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut off when the disk was full
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+            self._start = "\n" if lines[-1] else ""  # the last one was cut off, as on a full disk
+            for line in lines:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
                     entry = json.loads(line)
                     self._known.add((entry["where"], entry["counter"]))
 
@@ -29,4 +32,5 @@ class DroppedList:
             return
         self._known.add((where, counter))
         with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"where": where, "counter": counter, "reason": reason}) + "\n")
+            file.write(f"{self._start}{json.dumps({'where': where, 'counter': counter, 'reason': reason})}\n")
+            self._start = ""

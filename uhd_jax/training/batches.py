@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,15 +16,22 @@ from uhd_jax.data.sources import make_source
 from uhd_jax.sharding.mesh import make_mesh
 from uhd_jax.sharding.multihost import row_share
 
+DROPPED_FILE = "dropped"  # and .jsonl
+
 
 @contextlib.contextmanager
-def make_batches(config: RunConfig, stage_index: int) -> Iterator[StageBatches]:
-    """Opens the source of a stage; this process gets its own part of every batch."""
+def make_batches(config: RunConfig, stage_index: int, workdir: Path | None = None) -> Iterator[StageBatches]:
+    """Opens the source of a stage; this process gets its own part of every batch.
+
+    Samples that are left out are listed in `workdir`/dropped.jsonl (of process 1 dropped.1.jsonl, and so on).
+    """
     stage = config.train.stages[stage_index]
     source = make_source(stage.data, config.model.slicing.limits, f"config.train.stages[{stage_index}].data")
     process = row_share(make_mesh(config.train.mesh)) if jax.process_count() > 1 else (0, 1)
     model = config.model.for_stage(stage)
-    batches = make_iterator(stage, model, config.train, source, process=process)
+    suffix = f".{jax.process_index()}.jsonl" if jax.process_index() else ".jsonl"
+    dropped = workdir / f"{DROPPED_FILE}{suffix}" if workdir else None
+    batches = make_iterator(stage, model, config.train, source, process=process, dropped=dropped)
     try:
         yield StageBatches(batches)
     finally:
