@@ -1,0 +1,144 @@
+"""What happens to samples that cannot be trained on: counted, listed once, and a run ends when they are too many."""
+
+import json
+
+import pytest
+import source_files
+import tiny
+from image_files import encode, photo
+from test_pipeline import Numbered, iterator, take
+
+from uhd_jax.checkpoint import differing_keys
+from uhd_jax.config import ConfigError, DataConfig, to_dict
+from uhd_jax.data import windows
+from uhd_jax.data.chat import Message
+from uhd_jax.data.dropped import DroppedList
+from uhd_jax.data.pipeline import make_iterator
+from uhd_jax.data.sources import make_source
+from uhd_jax.data.windows import MALFORMED, REFUSED, UNTRAINED, PipelineError
+
+
+def write(tmp_path, *others, good=12):
+    """A file of good records, and others behind them."""
+    (tmp_path / "a.png").write_bytes(encode(photo(112, 112)))
+    (tmp_path / "bad.png").write_bytes(encode(photo(112, 112))[:200])
+    record = source_files.llava((["a.png"], "What?", "A photo."))
+    lines = [json.dumps(one) for one in (*[record] * good, *others)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(lines))
+    return make_source(DataConfig("json", {"path": str(path)}))
+
+
+BROKEN = [
+    (source_files.llava((["missing.png"], "What?", "A.")), REFUSED),
+    (source_files.llava((["bad.png"], "What?", "A.")), REFUSED),
+    (source_files.llava((["../a.png"], "What?", "A.")), REFUSED),
+    (source_files.llava((["a.png"], "<image>What?", "A.")), MALFORMED),
+    ({"conversations": 7}, MALFORMED),
+    (source_files.llava((["a.png"], "What?", " \n")), UNTRAINED),
+    (source_files.llava((["a.png"], "What?", "", "And?", "A.")), UNTRAINED),
+    (source_files.llava((["a.png"], "What?")), UNTRAINED),
+]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_every_kind_of_broken_sample_is_counted_and_listed_once(tmp_path, workers):
+    source = write(tmp_path, *(record for record, _ in BROKEN))
+    train = {"packing_window": 20, "data_workers": workers}
+    path = tmp_path / "dropped.jsonl"
+    batches = listed(source, path, train)
+    while batches.get_state()["position"]["start"] < 60:  # three epochs
+        _, info = next(batches)
+    state = batches.get_state()
+    batches.close()
+    resumed = listed(source, path, train)
+    resumed.set_state(state)
+    take(resumed, 2)
+    resumed.close()
+    entries = {entry["where"]: entry for entry in map(json.loads, path.read_text().splitlines())}
+    assert len(entries) == len(path.read_text().splitlines()) == len(BROKEN)
+    for line, (_, counter) in enumerate(BROKEN, 13):
+        entry = entries[f"{tmp_path}/x.jsonl:{line}"]
+        assert entry["counter"] == counter and entry["reason"] and not entry["reason"].startswith(str(tmp_path / "x"))
+    for name, count in ((REFUSED, 3), (MALFORMED, 2), (UNTRAINED, 3)):
+        assert info.counters[name] >= 2 * count
+
+
+def listed(source, path, train):
+    stage = tiny.stage(rows=4, packed_length=160, bucket_budget=2)
+    from test_pipeline import MODEL, TOKENIZER
+
+    run = tiny.run([stage], **train)
+    return make_iterator(stage, MODEL, run.train, source, TOKENIZER, dropped=path)
+
+
+def test_a_list_survives_a_line_cut_off(tmp_path):
+    path = tmp_path / "dropped.jsonl"
+    first = DroppedList(path)
+    first.add("a:1", REFUSED, "é\n")
+    path.write_text(path.read_text() + '{"where": "b')
+    again = DroppedList(path)
+    again.add("a:1", REFUSED, "é\n")
+    again.add("a:1", MALFORMED, "x")
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["counter"] for line in (lines[0], lines[-1])] == [REFUSED, MALFORMED] and len(lines) == 3
+    DroppedList(tmp_path / "no folder" / "x").add("a", REFUSED, "x")  # is no reason to stop
+
+
+class Broken(Numbered):
+    """A share of the answers is empty."""
+
+    def __init__(self, every):
+        super().__init__(400, images=False)
+        self._every = every
+
+    def messages(self, index):
+        return (*super().messages(index)[:1], Message("assistant", ("" if index % self._every == 0 else "x",)))
+
+
+def test_too_many_broken_samples_end_the_run(monkeypatch):
+    monkeypatch.setattr(windows, "JUDGED_AFTER", 96)
+    train = {"max_broken_samples": 0.2, "packing_window": 48}
+    batches = iterator(Broken(4), train=train)
+    with pytest.raises(
+        PipelineError, match=r"2\d of 96 samples of the source 'test' are broken.*=0\.2.*answer 2\d; mend"
+    ):
+        take(batches, 200)
+    assert batches.get_state()["position"]["start"] in (48, 96)  # not before
+    for every, share in ((6, 0.2), (4, 1.0)):
+        batches = iterator(Broken(every), train=train | {"max_broken_samples": share})
+        while next(batches)[1].read < 400:
+            pass
+        batches.close()
+
+
+def test_a_source_of_broken_samples_alone_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(windows, "JUDGED_AFTER", 96)
+    read = []
+
+    class Counting(Broken):
+        def messages(self, index):
+            read.append(index)
+            return super().messages(index)
+
+    with pytest.raises(PipelineError, match="96 of 96 samples"):
+        next(iterator(Counting(1), train={"packing_window": 48, "prefetch": 0}))
+    assert len(read) < windows.PLANNING_SAMPLES
+
+
+def test_the_share_is_checked_and_may_change_between_runs():
+    with pytest.raises(ConfigError, match="max_broken_samples: must be a share"):
+        tiny.run(max_broken_samples=1.5)
+    runs = [to_dict(tiny.run(max_broken_samples=share)) for share in (0.1, 0.5)]
+    assert differing_keys(*runs) == []
+
+
+def test_parts_of_a_mixture_may_move_but_not_change():
+    def run(**options):
+        parts = [{"name": "a", "source": "json", "weight": 1.0, "options": options}]
+        return to_dict(tiny.run([tiny.stage(data=DataConfig("mixture", {"parts": parts}))]))
+
+    assert differing_keys(run(path="a", image_root="b"), run(path="c", image_root="d")) == []
+    assert differing_keys(run(path="a"), run(path="a", other=1)) == [
+        "train.stages.0.data.options.parts.0.options.other"
+    ]
