@@ -6,18 +6,25 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hf46 import copy_tokenizer, make_checkpoint, torch_inputs
 from safetensors.numpy import save_file
 
 import uhd_jax
+from uhd_jax.checkpoint import save_model
+from uhd_jax.config import ChatConfig
 from uhd_jax.convert.families import find_family
 from uhd_jax.convert.minicpmv46 import MINICPM_V_4_6
 from uhd_jax.convert.source import Source, open_source
 from uhd_jax.convert.tables import ConvertError, export_tensors, match
-from uhd_jax.generation.assistant import _abstract_params
+from uhd_jax.convert.transfer import export_model
+from uhd_jax.data.tokenizer import byte_tokenizer
+from uhd_jax.generation.assistant import Assistant, _abstract_params
 from uhd_jax.generation.decode import Sampling, generate_tokens
+from uhd_jax.models import uhd
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -281,3 +288,38 @@ def test_released_sizes_by_shape_alone(folder, tmp_path, kind, parameters):
     match(MINICPM_V_4_6.table(ours), infos, abstract)
     assert sum(np.prod(info.shape) for info in infos.values()) == parameters
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == parameters
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype"), [(tiny.MODEL, "bfloat16"), (tiny.HYBRID, "float32")], ids=["qwen3", "hybrid"]
+)
+def test_a_model_trained_here_is_one_for_transformers(tmp_path, model, dtype):
+    """With the built-in tokenizer, which has no mark for videos."""
+    decoder = dataclasses.replace(model.decoder, vocab_size=280)
+    tower = dataclasses.replace(model.tower, patch_size=14)
+    slicing = dataclasses.replace(model.slicing, scale_resolution=112)
+    config = dataclasses.replace(
+        model, decoder=decoder, tower=tower, slicing=slicing, dtype=dtype, chat=ChatConfig(empty_think=True)
+    )
+    params = jax.jit(uhd.init_params, static_argnums=0)(config, jax.random.key(0))
+    if dtype == "bfloat16":
+        params = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), params)
+    save_model(tmp_path / "trained", params, config)
+    (tmp_path / "trained" / "tokenizer").mkdir()
+    byte_tokenizer(config.chat).save(tmp_path / "trained" / "tokenizer")
+    assert export_model(tmp_path / "trained", tmp_path / "export").family == "minicpm_v_4_6"
+    theirs, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "export", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info.values()), info
+    assert str(theirs.dtype) == f"torch.{dtype}" and theirs.config.video_token_id is None
+    exact = dataclasses.replace(config, dtype="float32")
+    ours = Assistant(exact, params, byte_tokenizer(config.chat))
+    prepared = ours.prepare("What?", PICTURES)
+    again = uhd_jax.load(tmp_path / "export")
+    assert again.prepare("What?", PICTURES).token_ids.tolist() == prepared.token_ids.tolist()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "Hm?"}], add_generation_prompt=True)
+    assert list(asked["input_ids"]) == ours.prepare("Hm?").token_ids.tolist()
+    expected = torch_logits(theirs.float(), prepared, exact)
+    np.testing.assert_allclose(ours.logits(prepared.token_ids, PICTURES), expected, atol=1e-4, rtol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -193,6 +194,9 @@ def text_config(config: DecoderConfig) -> dict[str, Any]:
         text["layer_types"] = _layer_types(config.layers, config.full_attention_interval)
         text |= {theirs: getattr(config, ours) for ours, theirs in _DELTA_SIZES.items() if getattr(config, ours)}
     made = {"model_type": kind, **text, "rope_parameters": rope}
-    if decoder_config(made) != config:
+    read = decoder_config(made)
+    if config.rotary_dim == 0:  # which is the whole head; the field has its number
+        read = dataclasses.replace(read, rotary_dim=0)
+    if read != config:
         raise ConvertError(f"no text model of transformers has this decoder: {config}")
     return made
