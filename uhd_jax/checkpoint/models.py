@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import contextlib
 import dataclasses
@@ -30,6 +31,7 @@ from uhd_jax.checkpoint.faults import (
 from uhd_jax.config import ModelConfig, from_config_dict, to_dict
 
 AT_ONCE = 4  # blocks of a streamed parameter that are being written while the next is made
+TOGETHER = 2**26  # bytes of small parameters that are written together: each time the disk must confirm it
 DATA_FILE = 2**28  # bytes of a streamed model's files, each of which is gathered in memory
 
 
@@ -48,17 +50,31 @@ class Streamed:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole."""
+        return self.size * self.dtype.itemsize
+
 
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `Streamed` parameters one after the other, as what Orbax reads back as arrays."""
+    """Writes `Streamed` parameters, few at a time, as what Orbax reads back as arrays."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
         self.failed: Exception | None = None  # of the making, not of the writing
 
     async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
-        for value, info, arg in zip(values, infos, args, strict=True):
-            await super()._background_serialize([value], [info], [arg])
+        write, rest = super()._background_serialize, list(zip(values, infos, args, strict=True))
+        while rest:
+            count, nbytes = 0, 0
+            while count < len(rest) and (not count or nbytes + rest[count][0].nbytes <= TOGETHER):
+                nbytes += rest[count][0].nbytes
+                count += 1
+            some, rest = rest[:count], rest[count:]
+            # All are waited for also after an error: whoever then removes the files must not find new ones.
+            done = await asyncio.gather(*(write([v], [i], [a]) for v, i, a in some), return_exceptions=True)
+            for problem in filter(None, done):
+                raise problem
 
     async def _open_and_write(self, value: Streamed, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         compressor = {"id": "blosc", "cname": "lz4", "clevel": 1, "shuffle": 1} if value.compress else None
@@ -73,7 +89,7 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
                     await writing.popleft()
             while writing:
                 await writing.popleft()
-        finally:  # after an error: whoever then removes the files must not find new ones
+        finally:
             for one in writing:
                 with contextlib.suppress(Exception):
                     await one

@@ -112,7 +112,7 @@ def import_model(
         )
     moves, read = found.moves(source), _counting(source, progress)
     params = {move.path: _streamed(move, read, STORED[dtype]) for move in moves}
-    plain = sum(one.size * one.dtype.itemsize for one in params.values() if not one.compress)
+    plain = sum(one.nbytes for one in params.values() if not one.compress)
     with whole_folder(destination, source.folder, plain) as folder:
         tokenizer = _copy_tokenizer(source.folder, folder / "tokenizer")
         chat = dataclasses.replace(found.config.chat, tokenizer="tokenizer") if tokenizer else found.config.chat
