@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from uhd_jax.training.loop import TrainResult
 
 CONFIG = "required"
-LEAVE_SECONDS = 10.0  # in which a process that has failed ends, whatever its siblings do
+LEAVE_SECONDS = 5.0  # in which a process that has failed ends, whatever its siblings do
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
