@@ -186,9 +186,11 @@ def test_the_class_token_keeps_its_position(tmp_path):
 def test_a_tower_of_a_whole_model(tmp_path):
     whole, params = _source(tmp_path / "whole", "llava_uhd_v4_research", dataclasses.replace(V4, decoder=DECODER))
     decoder, _ = _qwen3(tmp_path / "decoder")
-    done = combine(V4, tmp_path / "start", whole, decoder)
+    plain = dataclasses.replace(V4, compressor=CompressorConfig("none"), connector=ConnectorConfig(rounds=2))
+    done = combine(plain, tmp_path / "start", whole, decoder)
     assert done["tower"] == "llava_uhd_v4_research"
     made, _ = load_model(tmp_path / "start")
+    assert set(made["tower"]) == set(params["tower"]) - {"compressor"}
     assert_same_tree(made["tower"]["layers"], params["tower"]["layers"])
     np.testing.assert_array_equal(made["tower"]["position_table"], params["tower"]["position_table"])
 

@@ -52,7 +52,7 @@ def combine(
       config: the model to be.
       destination: absent or an empty folder.
       tower: a checkpoint of a tower, or of a whole model, of which all but the tower is left.
-      decoder: of a language model likewise; its folder holds tokenizer.json.
+      decoder: of a language model likewise; its folder holds tokenizer.json or tokenizer.model.
       upsampler: of VDIM, alone or in a whole v2; None: random, as the connector.
       seed: of what is random; the connector is the one that training from the same seed begins with.
       allow_pickle: also read .bin, .pt and .ckpt files.
@@ -100,7 +100,8 @@ def combine(
         if upsampler is not None:
             params |= _upsampler(opened.enter_context(open_source(upsampler, allow_pickle)), config, params)
 
-        with whole_folder(destination) as folder:
+        count = sum(math.prod(leaf.shape) for leaf in params.values())
+        with whole_folder(destination, source.folder, count * FLOAT.itemsize) as folder:
             (folder / "tokenizer").mkdir()
             tokenizer.save(folder / "tokenizer")
             chat = dataclasses.replace(config.chat, tokenizer="tokenizer")
@@ -115,7 +116,7 @@ def combine(
         "position_table": {"from": list(theirs), "to": list(ours)},
         "added_marks": added,
         "new_rows": len(new),
-        "parameters": sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in params.values()),
+        "parameters": count,
     }
 
 
