@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 from golden_v4 import GOLDEN
 from PIL import Image
 
-from uhd_jax.config import VideoConfig
-from uhd_jax.slicing.plan import ImageRefused
+from uhd_jax.config import ChatConfig, DecoderConfig, ModelConfig, SlicingConfig, VideoConfig
+from uhd_jax.data.chat import ImagePart, Message, VideoPart, encode_chat
+from uhd_jax.data.tokenizer import load_tokenizer
+from uhd_jax.slicing.plan import ImageRefused, Size, plan_image
 from uhd_jax.slicing.video import Video, composite, open_video, sample_indices
 
 SAMPLING = json.loads((GOLDEN / "v4_video" / "video_sampling.json").read_text())
@@ -114,3 +117,25 @@ def test_refused(make, message):
 def test_something_else_is_no_video():
     with pytest.raises(TypeError, match="not int"):
         open_video(3)
+
+
+PROMPTS = json.loads((GOLDEN / "v4_video" / "prompts.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize(
+    "case", PROMPTS, ids=lambda c: f"{len(c['clips'])}_{c['stack_frames']}_{c['max_slices']}_{c['mode']}"
+)
+def test_prompts_are_those_of_the_published_processor(case):
+    folder = GOLDEN / "v4_full_qwen3_16x"
+    chat, slicing = ChatConfig(use_image_id=case["use_image_id"]), SlicingConfig(scale_resolution=112)
+    video = VideoConfig(case["max_frames"], case["stack_frames"], case["max_slices"])
+    config = ModelConfig(DecoderConfig(8, 8, 8, 1, 1, 1, 2), slicing=slicing, mode=case["mode"])
+    plans, parts = [plan_image(Size(40, 50), config)], [ImagePart(0)]
+    for count, fps, height, width in case["clips"]:
+        pictures = open_video(Video([frame(1, height, width)] * count, fps=fps), video)
+        parts.append(VideoPart(len(plans), len(pictures)))
+        plans += [plan_image(Size(*p.shape[:2]), config, max_slices=video.max_slices) for p in pictures]
+    sample = encode_chat([Message("user", (*parts, "When?"))], plans, load_tokenizer(folder), chat, generate=True)
+    runs = [[int(i), len(list(group))] for i, group in itertools.groupby(sample.tokens)]
+    assert runs == case["ids"]
+    assert [list(view.patch_grid) for plan in plans[1:] for view in plan.views] == case["target_sizes"]
