@@ -139,7 +139,7 @@ def chunked_delta(
 
     Inside a chunk the changes d_i = beta_i (value_i - (what the state holds at key_i)) depend on those before them
     linearly, so they solve a unit triangular system, in terms of the state at the chunk's beginning. All exponents are
-    sums of log decays between two tokens of a sample, so none is above 0.
+    sums of log decays between two tokens of a sample, so none is above 0. `chunk` must be a power of two.
     """
     state = _empty_state(key, value) if state is None else state
     length = query.shape[1]
@@ -164,9 +164,9 @@ def chunked_delta(
 
     scaled_key = key * beta[..., None]
     system = _product("...ik,...jk->...ij", scaled_key, key) * decay  # its diagonal is taken as 1
-    right = jnp.concatenate([value * beta[..., None], scaled_key * from_state], axis=-1)
-    solved = jax.lax.linalg.triangular_solve(system, right, left_side=True, lower=True, unit_diagonal=True)
-    own, of_state = jnp.split(solved, [value.shape[-1]], axis=-1)
+    inverse = _unit_lower_inverse(system)
+    own = _product("...ij,...jv->...iv", inverse, value * beta[..., None])
+    of_state = _product("...ij,...jk->...ik", inverse, scaled_key * from_state)
     chunks = (
         own,
         of_state,
@@ -185,3 +185,25 @@ def chunked_delta(
     state, out = jax.lax.scan(step, state, chunks)
     out = jnp.moveaxis(out, (0, 2), (1, 3))  # [B, M, L, N, V]
     return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length], state
+
+
+def _unit_lower_inverse(matrix: jax.Array) -> jax.Array:
+    """Inverse of the unit lower triangular matrices whose entries below the diagonal are those of float32[.., L, L].
+
+    Inverses of diagonal blocks, doubled in size until one block is left:
+    [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]. Products alone, which every device does well; the solver of
+    the CPU moreover waits for threads that several devices in one process may hold for ever.
+    """
+    length = matrix.shape[-1]
+    inverse = jnp.ones((*matrix.shape[:-1], 1, 1), matrix.dtype)  # [.., number of blocks, side, side]
+    side = 1
+    while side < length:
+        pairs = length // (2 * side)
+        corners = matrix.reshape(*matrix.shape[:-2], pairs, 2, side, pairs, 2, side)[..., 1, :, :, 0, :]
+        corners = jnp.einsum("...pipj->...pij", corners)
+        first, second = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
+        corners = -_product("...ij,...jk,...kl->...il", second, corners, first)
+        top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        inverse = jnp.concatenate([top, jnp.concatenate([corners, second], axis=-1)], axis=-2)
+        side *= 2
+    return inverse[..., 0, :, :]
