@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import math
 import os
+import signal
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -71,6 +72,10 @@ def join(launch: Launch, environ: Mapping[str, str] = os.environ) -> None:
     by_hand = given["coordinator"] is not None or given["process"] is not None
     if given["processes"] == 1 and not by_hand:
         return
+    # When the time is over JAX ends the process, with nothing but its own words.
+    late = threading.Timer(0.9 * launch.start_seconds, logger.warning, (_who_is_missing(given, launch),))
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             given["coordinator"],
@@ -85,6 +90,11 @@ def join(launch: Launch, environ: Mapping[str, str] = os.environ) -> None:
         in_use = type(error) is RuntimeError and "before any JAX" in " ".join(str(error).split())
         if by_hand or not (nothing_found or in_use):
             raise MultihostError(_why_not(error, given, launch)) from error
+    finally:
+        late.cancel()
+    if threading.current_thread() is threading.main_thread():
+        # JAX listens for SIGTERM itself from here on, and keeps it from whoever listened before.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _read(environ: Mapping[str, str], name: str) -> str | int | None:
@@ -96,6 +106,13 @@ def _read(environ: Mapping[str, str], name: str) -> str | int | None:
     return int(text)
 
 
+def _who_is_missing(given: Mapping[str, str | int | None], launch: Launch) -> str:
+    return (
+        f"not all processes come together within {launch.start_seconds} seconds: start the same command for every one "
+        f"of them, and let all reach {given['coordinator'] or 'the first one'}; --start-seconds gives them more time"
+    )
+
+
 def _why_not(error: Exception, given: Mapping[str, str | int | None], launch: Launch) -> str:
     cause = " ".join(str(error).split())
     missing = [f"--{name} (or {BY_HAND[name]})" for name, value in given.items() if value is None]
@@ -104,11 +121,7 @@ def _why_not(error: Exception, given: Mapping[str, str | int | None], launch: La
     if isinstance(error, ValueError):
         return f"--process={given['process']} with --processes={given['processes']}: {cause}"
     if "DEADLINE_EXCEEDED" in cause or "timed out" in cause.lower():
-        where = given["coordinator"] or "the first process"
-        return (
-            f"not all processes came together within {launch.start_seconds} seconds. Start the same command for every "
-            f"process, and let all reach {where}; --start-seconds gives them more time. Cause: {cause[:300]}"
-        )
+        return f"{_who_is_missing(given, launch)}. Cause: {cause[:300]}"
     return (
         f"JAX cannot find the other processes: {cause[:300]}. Mend that, or start by hand: --coordinator=HOST:PORT "
         f"--processes=N --process=I; --processes=1 trains alone"
