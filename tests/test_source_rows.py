@@ -1,9 +1,13 @@
 """Rows of files: where they are, what a broken one is called, and that image paths stay below their root."""
 
+import ast
 import json
 import os
 import random
+import re
 import tarfile
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +16,12 @@ from image_files import encode, photo
 
 from uhd_jax.config import DataConfig, ImageLimits
 from uhd_jax.data.chat import ImagePart, Message
-from uhd_jax.data.sources import SourceError, make_source
+from uhd_jax.data.sources import SOURCES, SourceError, check_data, make_source
 from uhd_jax.data.sources import files as files_module
 from uhd_jax.data.sources.conversation import parse
 from uhd_jax.data.sources.files import DataFile
 from uhd_jax.data.sources.json_rows import find_rows, read_row
+from uhd_jax.data.windows import COUNTERS
 from uhd_jax.slicing.plan import ImageRefused
 
 
@@ -59,7 +64,10 @@ def test_a_mark_in_an_answer_or_a_system_prompt_is_text():
         (human("<image><image>", image="a.png"), "images: 1 listed, but 2 marks '<image>'"),
         (human("<image>", image=["a.png", "b.png"]), "images: 2 listed, but 1 marks"),
         (human("<image>"), "images: 0 listed, but 1 marks"),
-        (human("<image_00><image_00>", image={"<image_00>": "a", "<image_01>": "b"}), "images: 2 listed, but 2 marks"),
+        (
+            human("<image_00><image_00>", image={"<image_00>": "a", "<image_01>": "b"}),
+            "images: 2 listed, but 2 marks '<image_00>', which show the images [0, 0]",
+        ),
         (human("x", image={"": "a"}), "image: the names of the images must be strings"),
         (human("x", image=None), "image: expected a path, got null"),
         (human("x", image=3), "image: expected a path, got a number"),
@@ -85,10 +93,7 @@ def test_malformed_records_name_the_field(record, complaint):
 def random_value(rng, depth=0):
     kind = rng.randrange(7 if depth < 4 else 5)
     if kind == 6:
-        return {
-            random_value(rng, 9) if False else f"k{n}{rng.choice(WORDS)}": random_value(rng, depth + 1)
-            for n in range(rng.randrange(3))
-        }
+        return {f"k{n}{rng.choice(WORDS)}": random_value(rng, depth + 1) for n in range(rng.randrange(3))}
     if kind == 5:
         return [random_value(rng, depth + 1) for _ in range(rng.randrange(3))]
     return rng.choice([rng.choice(WORDS) * rng.randrange(3), rng.randrange(-5, 1000), 1.5, None, True])
@@ -307,8 +312,29 @@ def test_a_file_that_has_become_shorter_is_an_error_of_its_rows(tmp_path):
         source.messages(3)
 
 
-def test_index_rows_are_numbers_not_objects(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text("\n".join(json.dumps(human(f"{n}")) for n in range(1000)))
-    source = make_source(DataConfig("json", {"path": str(path)}))
-    assert isinstance(source._rows.base, np.memmap) and source._rows.nbytes == 24 * 1000
+def test_many_rows_open_as_a_mapped_index(tmp_path):
+    path, count = tmp_path / "x.json", 50_000
+    path.write_text("[" + ",".join(json.dumps(human(f"<image>{n}", image=f"{n}.png")) for n in range(count)) + "]")
+    options = DataConfig("json", {"path": str(path)})
+    make_source(options)
+    tracemalloc.start()
+    source = make_source(options)
+    assert len(source) == count and source.messages(count - 1)[0].parts == (ImagePart(0), str(count - 1))
+    assert tracemalloc.get_traced_memory()[1] < 2**19  # not even ten bytes per row
+    tracemalloc.stop()
+    assert isinstance(source._rows.base, np.memmap)
+
+
+def test_the_examples_of_the_documentation_are_read():
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    (lines,) = re.findall("```json\n(.*?)```", page, re.DOTALL)
+    shown = [
+        sum(isinstance(part, ImagePart) for part in parse(json.loads(line))[0][0].parts) for line in lines.splitlines()
+    ]
+    assert shown == [1, 2, 1, 1]
+    configs = re.findall('```python\n"data": (.*?),?\n```', page, re.DOTALL)
+    assert [check_data(DataConfig(**ast.literal_eval(config))) is not None for config in configs] == [True, True]
+    for name in COUNTERS:
+        assert f"`data/{name}`" in page
+    for name in SOURCES:
+        assert f"| `{name}` |" in page

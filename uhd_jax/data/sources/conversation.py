@@ -49,8 +49,9 @@ def parse(record: Any) -> tuple[tuple[Message, ...], list[Any]]:
     if images and not shown and not has_parts:
         messages = _shown_first(messages, len(images))
     elif sorted(shown) != list(range(len(images))):
-        # A number beyond the list stands for a mark too many; so the count says it all, unless a name comes twice.
         kind = "parts of type 'image' in the messages" if has_parts else f"marks {names[0] if names else IMAGE_MARK!r}"
+        if len(shown) == len(images):
+            kind += f", which show the images {shown}; show each once"
         raise SourceError(f"images: {len(images)} listed, but {len(shown)} {kind}")
     if shown != sorted(shown):
         images = [images[index] for index in shown]

@@ -40,8 +40,13 @@ class Parquet(RowSource):
     def __init__(self, options: ParquetOptions, limits: ImageLimits = ImageLimits()):
         self._paths = find_files(options.path, ".parquet")
         super().__init__(options, limits, os.path.dirname(self._paths[0]))
-        groups = [(file, group, rows) for file, path in enumerate(self._paths) for group, rows in _groups(path)]
-        self._groups = np.array(groups, np.int64).reshape(-1, 3)
+        self._footers = [_footer(path) for path in self._paths]
+        groups = [
+            (file, group, footer.row_group(group).num_rows)
+            for file, footer in enumerate(self._footers)
+            for group in range(footer.num_row_groups)
+        ]
+        self._groups = np.array(groups, np.int64).reshape(-1, 3)  # file, number in it, rows
         self._ends = np.cumsum(self._groups[:, 2])
         if not len(self):
             raise SourceError(f"{options.path}: holds no row")
@@ -71,23 +76,23 @@ class Parquet(RowSource):
         with self._lock:
             if group not in self._tables:
                 file, number, _ = self._groups[group].tolist()
-                self._tables[group] = _read_group(self._paths[file], number)
+                self._tables[group] = _read_group(self._paths[file], self._footers[file], number)
                 if len(self._tables) > self._options.row_groups:
                     self._tables.popitem(last=False)
             self._tables.move_to_end(group)
             return self._tables[group]
 
 
-def _groups(path: str) -> list[tuple[int, int]]:
-    """Number and rows of every row group."""
-    with arrow_file(path, "parquet") as file:
-        footer = library(path).parquet.ParquetFile(file)
-        known_columns(path, footer.schema_arrow.names)
-        return [(group, footer.metadata.row_group(group).num_rows) for group in range(footer.num_row_groups)]
-
-
-def _read_group(path: str, group: int) -> Any:
+def _footer(path: str) -> Any:
+    """The metadata of a file, its columns checked."""
     with arrow_file(path, "parquet") as file:
         opened = library(path).parquet.ParquetFile(file)
+        known_columns(path, opened.schema_arrow.names)
+        return opened.metadata
+
+
+def _read_group(path: str, footer: Any, group: int) -> Any:
+    with arrow_file(path, "parquet") as file:
+        opened = library(path).parquet.ParquetFile(file, metadata=footer)
         columns = known_columns(path, opened.schema_arrow.names)
         return opened.read_row_group(group, columns=columns, use_threads=False)
