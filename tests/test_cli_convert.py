@@ -131,3 +131,34 @@ def test_an_unknown_model(checkpoint, capsys):
     status, _, err = call(capsys, "convert", "inspect", checkpoint)
     assert status == 1
     assert_one_line(err, "model_type 'gpt2'", "known families: minicpm_v_4_6, llava_uhd_v1")
+
+
+def test_combine_is_called_with_what_was_asked(config_file, tmp_path, capsys, monkeypatch):
+    calls = []
+
+    def combine(config, destination, **options):
+        calls.append((config.decoder.vocab_size, str(destination), options))
+        return {"tower": "clip", "new_rows": 3}
+
+    monkeypatch.setattr("uhd_jax.training.start.combine", combine)
+    arguments = (f"--config={config_file}", "--tower=t", "--decoder=d", "--upsampler=u", "--seed=5", "--allow-pickle")
+    status, out, _ = call(capsys, "convert", "combine", str(tmp_path / "start"), *arguments)
+    assert (status, out) == (0, f"tower: clip\nnew_rows: 3\nwrote {tmp_path / 'start'}\n")
+    options = dict(tower="t", decoder="d", upsampler="u", seed=5, allow_pickle=True)
+    assert calls == [(300, str(tmp_path / "start"), options)]
+
+
+def test_verify_is_called_with_what_was_asked(capsys, monkeypatch):
+    class Report:
+        def to_json(self):
+            return {"max_abs": 0.5}
+
+        def __str__(self):
+            return "a table"
+
+    calls = []
+    monkeypatch.setattr("uhd_jax.analysis.verify.verify", lambda *arguments: calls.append(arguments) or Report())
+    status, out, _ = call(capsys, "convert", "verify", "a", "b", "--image=x.png", "--image=y.png", "--prompt=Why?")
+    assert (status, out) == (0, "a table\n")
+    assert calls == [("a", "b", ["x.png", "y.png"], ["Why?"])]
+    assert call(capsys, "convert", "verify", "a", "b", "--json")[1] == '{"max_abs": 0.5}\n'
