@@ -78,7 +78,7 @@ def test_damaged_pixels_are_kept_for_training_to_count(tmp_path):
 
 def test_malformed_samples_are_counted_apart(tmp_path, monkeypatch):
     data = data_of(write_records(tmp_path))
-    monkeypatch.setattr("uhd_jax.data.sources.JsonFile.files", lambda self, index: [b""] if index == 3 else [])
+    monkeypatch.setattr("uhd_jax.data.sources.JsonFiles.files", lambda self, index: [b""] if index == 3 else [])
     summary = pack(data, tmp_path / "out")
     assert summary["skipped"][MALFORMED] >= 2 and summary["skipped"][REFUSED] == 1
 

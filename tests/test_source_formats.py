@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import pickle
 import tarfile
@@ -180,7 +181,7 @@ def test_data_in_a_bucket(llava):
     [
         ("json", "https://example.org/x.json", "data is not read from https://"),
         ("json", "file:///etc/passwd", "data is not read from file://"),
-        ("json", "nowhere.json", "cannot be read"),
+        ("json", "nowhere.json", "no such file, nor a folder or pattern"),
         ("parquet", "nowhere/*.parquet", "no such file, nor a folder or pattern"),
         ("tar", "nowhere", "no such file"),
         ("array_record", "gs://bucket/x", "mount the bucket"),
@@ -237,4 +238,15 @@ def test_parquet_keeps_few_row_groups(tmp_path, monkeypatch):
 
 def test_options_are_plain(llava):
     assert dataclasses.is_dataclass(llava._options)
-    np.testing.assert_array_equal(llava._rows[:, 2], np.arange(1, 9))
+    np.testing.assert_array_equal(llava._rows[0][:, 2], np.arange(1, 9))
+
+
+def test_json_files_follow_each_other_in_the_order_of_their_names(tmp_path):
+    source_files.write_images(tmp_path)
+    for name, samples in (("b", source_files.SAMPLES[3:]), ("a", source_files.SAMPLES[:3])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(source_files.llava(one)) for one in samples))
+    for path in (tmp_path, tmp_path / "*.jsonl"):
+        source = make_source(DataConfig("json", {"path": str(path)}))
+        said = [source.messages(index)[1].parts for index in range(len(source))]
+        assert said == [(sample[2],) for sample in source_files.SAMPLES]
+        assert [source.where(index) for index in (2, 3)] == [f"{tmp_path}/a.jsonl:3", f"{tmp_path}/b.jsonl:1"]

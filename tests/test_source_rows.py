@@ -322,7 +322,7 @@ def test_many_rows_open_as_a_mapped_index(tmp_path):
     assert len(source) == count and source.messages(count - 1)[0].parts == (ImagePart(0), str(count - 1))
     assert tracemalloc.get_traced_memory()[1] < 2**19  # not even ten bytes per row
     tracemalloc.stop()
-    assert isinstance(source._rows.base, np.memmap)
+    assert isinstance(source._rows[0].base, np.memmap)
 
 
 def test_the_examples_of_the_documentation_are_read():

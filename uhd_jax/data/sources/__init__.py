@@ -10,7 +10,7 @@ from uhd_jax.data.demo import DigitPages, DigitPagesOptions
 from uhd_jax.data.images import ImageFolder, ImagesOptions
 from uhd_jax.data.sources.array_record import ArrayRecordOptions, ArrayRecords
 from uhd_jax.data.sources.arrow import ArrowDataset, ArrowOptions
-from uhd_jax.data.sources.json_file import JsonFile, JsonOptions
+from uhd_jax.data.sources.json_file import JsonFiles, JsonOptions
 from uhd_jax.data.sources.mixture import Mixture, MixtureOptions
 from uhd_jax.data.sources.parquet import Parquet, ParquetOptions
 from uhd_jax.data.sources.protocol import Source, SourceError
@@ -33,7 +33,7 @@ SOURCES: dict[str, SourceKind] = {
     "arrow": SourceKind(ArrowOptions, ArrowDataset),
     "digit_pages": SourceKind(DigitPagesOptions, lambda options, limits: DigitPages(options)),
     "images": SourceKind(ImagesOptions, ImageFolder),
-    "json": SourceKind(JsonOptions, JsonFile),
+    "json": SourceKind(JsonOptions, JsonFiles),
     "mixture": SourceKind(MixtureOptions, lambda options, limits: _mix(options, limits)),
     "parquet": SourceKind(ParquetOptions, Parquet),
     "records": SourceKind(

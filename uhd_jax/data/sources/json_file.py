@@ -6,8 +6,10 @@ import dataclasses
 import os
 from typing import Any
 
+import numpy as np
+
 from uhd_jax.config import ImageLimits
-from uhd_jax.data.sources.files import DataFile
+from uhd_jax.data.sources.files import DataFile, find_files
 from uhd_jax.data.sources.json_rows import find_rows, read_row
 from uhd_jax.data.sources.rows import FileOptions, RowSource
 from uhd_jax.data.sources.stored import stored_index
@@ -18,24 +20,36 @@ class JsonOptions(FileOptions):
     """Options of the source "json"."""
 
 
-class JsonFile(RowSource):
-    """Rows of a JSON file, in any form of `conversation`: an array of objects, or one object per line.
+class JsonFiles(RowSource):
+    """Rows of JSON files, in any form of `conversation`: arrays of objects, or one object per line.
 
     What is kept in memory is where the rows are, 24 bytes each, mapped from a stored index (`stored`).
+
+    Raises:
+      SourceError: no file, or one without rows, or with an array that does not end.
     """
 
     def __init__(self, options: JsonOptions, limits: ImageLimits = ImageLimits()):
-        self._file = DataFile(options.path)
-        super().__init__(options, limits, os.path.dirname(options.path))
-        self._rows = stored_index(self._file, "rows", 3, find_rows)
+        paths = find_files(options.path, ".jsonl")
+        super().__init__(options, limits, os.path.dirname(paths[0]))
+        self._files = [DataFile(path) for path in paths]
+        self._rows = [stored_index(file, "rows", 3, find_rows) for file in self._files]
+        self._ends = np.cumsum([len(rows) for rows in self._rows])
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return int(self._ends[-1])
 
     def where(self, index: int) -> str:
         """The file, and the row's line or its number in the array, from 1."""
-        return f"{self._file.path}:{self._rows[index, 2]}"
+        file, row = self._place(index)
+        return f"{self._files[file].path}:{self._rows[file][row, 2]}"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The file, and the row in it."""
+        file = int(np.searchsorted(self._ends, index, side="right"))
+        return file, int(index - self._ends[file] + len(self._rows[file]))
 
     def _row(self, index: int) -> Any:
-        start, end, _ = self._rows[index].tolist()
-        return read_row(self._file, start, end)
+        file, row = self._place(index)
+        start, end, _ = self._rows[file][row].tolist()
+        return read_row(self._files[file], start, end)
