@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import call
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -247,6 +249,43 @@ def test_a_signal_goes_to_all_local_processes(programs, venv):
     process.send_signal(signal.SIGTERM)
     shown, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and shown.count("saved") == 3
+
+
+FIRST_STEPS = """
+
+whole = get_config
+
+def get_config(arg=""):
+    config = whole(arg)
+    config.train.stages = config.train.stages[:1]
+    config.train.stages[0]["steps"] = 3
+    return config
+"""
+
+
+@pytest.mark.usefixtures("unoptimised")
+def test_the_demo_begins_alike_in_local_processes_and_in_one(programs, venv, capsys, compiled_once, monkeypatch):
+    Path("demo.py").write_text((ROOT / "configs" / "demo.py").read_text() + FIRST_STEPS)
+    programs("uhd-jax", f'exec {sys.executable} -m uhd_jax "$@"', where=venv)
+    for key, value in {
+        "VENV_DIR": str(venv.parent),
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": compiled_once,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    train = ("--config=demo.py", "--config.train.log_every=1", "--config.train.peak_flops=1e12")
+    command = ["bash", str(LAUNCH / "local" / "run.sh"), "--processes=2", "--", *train, "--workdir=two"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "[0] cells step 3/3  loss " in ended.stdout and "[1] cells" not in ended.stdout
+    assert call(capsys, "train", *train, "--workdir=one")[0] == 0
+    losses = [
+        [json.loads(line)["loss"] for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        for run in ("two", "one")
+    ]
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def job(*argv):

@@ -169,7 +169,10 @@ def test_what_is_told_adds_up():
 # --- real processes -------------------------------------------------------------------------------------------------
 
 STAGE = "stages=(stage,)"
-TWO_STAGES = "stages=(dict(stage, steps=2), dict(stage, name='second', steps=2, accumulation=2)), mesh=dict(fsdp=2)"
+TWO_STAGES = """
+    stages=(dict(stage, rows=16, steps=2), dict(stage, rows=16, name="second", steps=2, accumulation=2)),
+    mesh=dict(fsdp=2),
+"""
 QUICK = "import tiny\nfrom uhd_jax.models import uhd\nuhd.loss_sums = tiny.quick_loss_sums\n"
 SLOW = """
 import time
