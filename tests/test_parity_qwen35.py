@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from uhd_jax.batch import Bucket, empty_batch
 from uhd_jax.config import CompressorConfig, ModelConfig, TowerConfig
-from uhd_jax.convert.decoders import decoder_config, decoder_table
-from uhd_jax.convert.tables import flatten, import_tensors
+from uhd_jax.convert.decoders import decoder_config, decoder_dropped, decoder_table, text_config
+from uhd_jax.convert.tables import export_tensors, flatten, import_tensors
 from uhd_jax.models import uhd
+from uhd_jax.models.decoder import Decoder
+from uhd_jax.ops.attention import packed_causal_mask
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -134,3 +138,80 @@ def test_logits_and_gradients(name, float64):
         size = np.abs(of_theirs[path]).max()
         assert size > 1e-3, path
         np.testing.assert_allclose(gradient, of_theirs[path], atol=1e-3 * size, rtol=0, err_msg=path)
+
+
+def run_decoder(params, config, ids, positions, segments):
+    """Logits float32[B, T, V] of any positions."""
+    module, tree = Decoder(config.decoder), {"params": params["decoder"]}
+    x = module.apply(tree, jnp.asarray(ids), method="embed")
+    segments = jnp.asarray(segments)
+    hidden, _ = module.apply(tree, x, jnp.asarray(positions), packed_causal_mask(segments), segments)
+    return hidden @ module.apply(tree, method="head_kernel")
+
+
+def test_left_padding_and_positions_on_three_axes(float64):
+    theirs, config, params = made("tied, value heads twice key heads")
+    random = np.random.default_rng(0)
+    ids, mask = random.integers(0, 99, (2, 20)), np.ones((2, 20), int)
+    mask[1, :7] = 0
+    positions = random.integers(0, 50, (3, 2, 20))
+    given = dict(input_ids=ids, attention_mask=mask, position_ids=positions)
+    with torch.no_grad():
+        expected = theirs(**{name: torch.from_numpy(array) for name, array in given.items()}).logits.numpy()
+    logits = run_decoder(params, config, ids, positions, mask)
+    np.testing.assert_allclose(logits[0], expected[0], atol=5e-4, rtol=0)
+    np.testing.assert_allclose(logits[1, 7:], expected[1, 7:], atol=5e-4, rtol=0)
+    alone = run_decoder(params, config, ids[1:, 7:], positions[:, 1:, 7:], mask[1:, 7:])
+    np.testing.assert_allclose(logits[1:, 7:], alone, atol=1e-4, rtol=0)
+    plain, equal = (run_decoder(params, config, ids, p, mask) for p in (positions[0], positions[[0, 0, 0]]))
+    np.testing.assert_array_equal(plain, equal)
+    assert np.abs(plain - logits).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_and_sizes_there_and_back(name):
+    theirs, config, params = made(name)
+    weights = {
+        n: t for n, t in theirs.float().state_dict().items() if n != "lm_head.weight" or not config.decoder.tied_head
+    }
+    back = export_tensors(decoder_table(config.decoder, "model.", "lm_head.weight"), params)
+    assert set(back) == set(weights)
+    for n, tensor in weights.items():
+        np.testing.assert_array_equal(back[n], tensor.numpy(), err_msg=n)
+    text = text_config(config.decoder)
+    assert decoder_config(text) == config.decoder
+    again = transformers.Qwen3_5TextConfig(**text)
+    assert decoder_config(again.to_dict()) == config.decoder
+
+
+def test_tensors_dropped_on_purpose():
+    config = decoder_config(transformers.Qwen3_5TextConfig(**SIZES).to_dict())
+    dropped = [pattern for pattern, reason in decoder_dropped(config, "lm_head.weight") if reason]
+
+    def is_dropped(name):
+        return any(re.fullmatch(pattern, name) for pattern in dropped)
+
+    assert is_dropped("mtp.layers.0.self_attn.q_proj.weight") and is_dropped("mtp.fc.weight")
+    assert is_dropped("lm_head.weight") and not is_dropped("model.layers.0.mlp.up_proj.weight")
+    untied = dataclasses.replace(config, tied_head=False)
+    assert "lm_head" not in "".join(pattern for pattern, _ in decoder_dropped(untied, "lm_head.weight"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(layer_types=["linear_attention", "full_attention", "full_attention", "linear_attention"]), "layer_types"),
+        (dict(layer_types=["linear_attention"] * 4), "layer_types"),
+        (dict(attention_bias=True), "attention_bias: True is not supported"),
+        (dict(attn_output_gate=False), "attn_output_gate: False is not supported"),
+        (dict(hidden_act="gelu"), "hidden_act: 'gelu' is not supported"),
+        (dict(model_type="mamba"), "'mamba' is none of llama, qwen2"),
+        (dict(rope_parameters=_ROPE | {"rope_type": "yarn"}), "rope_type: 'yarn' is not supported"),
+        (dict(rope_parameters=_ROPE | {"mrope_section": [5, 5, 5]}), "mrope_sections"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_what_the_decoder_cannot_do_is_refused(changes, message):
+    text = transformers.Qwen3_5TextConfig(**SIZES).to_dict()
+    with pytest.raises(ValueError, match=message):
+        decoder_config(text | changes)

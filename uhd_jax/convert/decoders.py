@@ -156,7 +156,7 @@ _DELTA_SIZES = {
 
 def _interval(text: Mapping[str, Any]) -> int:
     if types := text.get("layer_types"):
-        return list(types).index(FULL) + 1 if FULL in types else len(types) + 1
+        return list(types).index(FULL) + 1 if FULL in types else len(types)
     return text.get("full_attention_interval", 4)
 
 
