@@ -26,6 +26,7 @@ from uhd_jax.data.windows import FEWER_SLICES, PLANNING_SAMPLES, TOO_LONG, UNTRA
 from uhd_jax.slicing.plan import Plan, Size, plan_image
 
 PACKED = 8192  # places of the stream that are packed to measure padding
+_EPOCHS = 16  # of a short stream that are looked up, at up to milliseconds a place, and then packed again and again
 EXAMPLES = 3  # samples named per reason
 _SHARES = (0, 0.05, 0.5, 0.95, 0.99, 1)  # of samples, at which lengths are given
 
@@ -70,7 +71,7 @@ class StageData:
             silent = np.flatnonzero(~index.answered).tolist()
             self._troubles |= {sample: Trouble(UNTRAINED, "an answer is empty") for sample in silent}
         self._troubles |= index.troubles
-        self._places = self._seen(PACKED)
+        self._places = self._seen()
         draws = np.random.default_rng(train.seed).random(len(index.sizes))
         refilled = draws < self.model.slicing.pre_resize.refill_probability
         cases = np.concatenate([index.sizes, refilled[:, None].astype(np.int32)], axis=1)
@@ -139,17 +140,19 @@ class StageData:
     def waste(self, fit: StageFit) -> Waste:
         """The padding that the samples of a fit cost in its buckets, packed as in training."""
         order = self._places[fit.kept[self._places]].tolist()
+        order *= -(-PACKED // max(1, len(self._places)))
         samples = [Needs(int(fit.tokens[i]), int(fit.views[i]), int(fit.largest[i])) for i in order]
         patches = [int(fit.patches[i]) for i in order]
         window = self._train.packing_window
         return packing_waste(samples, patches, fit.buckets, patch_work(self.model), self.stage.rows, window)
 
-    def _seen(self, count: int) -> np.ndarray:
-        """int64[count]: the samples at the first places of the stage's stream; few come again and again."""
+    def _seen(self) -> np.ndarray:
+        """int64[places]: the samples at the first places of the stage's stream, some epochs of those that are short."""
         options, seed = check_data(self.stage.data), stage_seed(self.stage, self._train)
         mixed = isinstance(options, MixtureOptions)
         stream = MixedStream(options.parts, self.index.parts, seed) if mixed else Stream(len(self.index), seed)
-        return np.array([stream[place] for place in range(count)], np.int64)
+        wanted = max(_EPOCHS * stream.epoch, min(PLANNING_SAMPLES, len(self.index)))
+        return np.array([stream[place] for place in range(min(PACKED, wanted))], np.int64)
 
     def _fit(self, buckets: Sequence[BucketConfig]) -> tuple[np.ndarray, np.ndarray]:
         """Slices per image, and tokens, views, largest view, patches: int64[4, N].

@@ -229,15 +229,17 @@ def _wrapped(spans: Sequence[Span], length: int) -> list[_Line]:
     used = 0
     for span in spans:
         for piece in _printable(span.text).replace("\n", "\u21b5\n").splitlines(keepends=True):
-            while piece:
-                room = length - used
-                taken, piece = piece[:room], piece[room:]
-                ends = taken.endswith("\n")
-                lines[-1].append((taken.rstrip("\n"), span.kind))
-                used += len(taken)
-                if ends or used >= length:
+            text = piece.rstrip("\n")
+            while text:
+                if used == length:
                     lines.append([])
                     used = 0
+                taken, text = text[: length - used], text[length - used :]
+                lines[-1].append((taken, span.kind))
+                used += len(taken)
+            if piece.endswith("\n"):
+                lines.append([])
+                used = 0
     if len(lines) > _DRAWN_LINES:
         lines = [*lines[:_DRAWN_LINES], [(f"and {len(lines) - _DRAWN_LINES} more lines", "mark")]]
     return [line for line in lines if line]

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from array_record.python.array_record_module import ArrayRecordWriter
+
 from uhd_jax.config import DataConfig, ImageLimits, to_dict
 from uhd_jax.data import record_format, workers
 from uhd_jax.data.index import data_stamp
@@ -38,7 +40,7 @@ _SECONDS = 0.2  # between two reports of progress
 
 
 class PackError(ValueError):
-    """The folder cannot take this pack, or a library is missing."""
+    """The folder cannot take this pack."""
 
 
 def pack(
@@ -71,7 +73,6 @@ def pack(
       WorkerError: a process is gone.
       OSError: the folder cannot be written, or a source's file cannot be read.
     """
-    _writer_class()
     folder = _folder(folder)
     count = len(make_source(data, limits))
     facts = {"format": _FORMAT, "data": to_dict(data), "limits": to_dict(limits), "shard_samples": shard_samples}
@@ -114,7 +115,7 @@ class _Job:
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         skipped, written, size = [], 0, 0
         try:
-            writer = _writer_class()(str(partial), _OPTIONS)
+            writer = ArrayRecordWriter(str(partial), _OPTIONS)
             try:
                 for sample in samples:
                     try:
@@ -143,14 +144,6 @@ def _record(source: Source, sample: int) -> bytes:
     source.sizes(sample)
     files = tuple(source.files(sample))
     return record_format.encode(PackedSample(tuple(source.messages(sample)), files, source.where(sample)))
-
-
-def _writer_class() -> type:
-    try:
-        from array_record.python.array_record_module import ArrayRecordWriter
-    except ImportError:
-        raise PackError("array_record is not installed; pip install 'uhd-jax[data]'") from None
-    return ArrayRecordWriter
 
 
 def _folder(name: str | Path) -> Path:
