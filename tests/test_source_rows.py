@@ -299,8 +299,10 @@ def test_links_and_folders_in_a_shard_are_no_samples(tmp_path):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
+        source_files.add_member(archive, ".d.json", b"what some systems add")
         source_files.add_member(archive, "d.json", json.dumps(human("x")).encode())
-    assert len(make_source(DataConfig("tar", {"path": str(tmp_path / "x.tar")}))) == 1
+    source = make_source(DataConfig("tar", {"path": str(tmp_path / "x.tar")}))
+    assert len(source) == 1 and source.messages(0)
 
 
 def test_a_file_that_has_become_shorter_is_an_error_of_its_rows(tmp_path):

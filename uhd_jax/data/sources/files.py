@@ -116,6 +116,6 @@ def _file_system(path: str) -> Any:
     try:
         return fsspec.filesystem(protocol)
     except ImportError as error:  # the message of fsspec names the package, gcsfs for gs://
-        raise SourceError(f"{path}: {error}; pip install 'uhd-jax[data]'") from None
+        raise SourceError(f"{path}: {error} (gcsfs comes with pip install 'uhd-jax[data]')") from None
     except ValueError as error:
         raise SourceError(f"{path}: {error}") from None
