@@ -36,6 +36,29 @@ from uhd_jax.sharding.rules import (
 
 FULL = ModelConfig(DecoderConfig(151_936, 4096, 12_288, 36, 32, 8, 128, qk_norm=True))
 QWEN2 = dataclasses.replace(FULL, decoder=dataclasses.replace(FULL.decoder, qk_norm=False, qkv_bias=True))
+QWEN35 = dataclasses.replace(
+    FULL,
+    decoder=DecoderConfig(
+        vocab_size=248_094,
+        width=1024,
+        mlp_width=3584,
+        layers=24,
+        heads=8,
+        kv_heads=2,
+        head_dim=256,
+        qk_norm=True,
+        tied_head=True,
+        rotary_dim=64,
+        mrope_sections=(11, 11, 10),
+        gated_attention=True,
+        zero_centred_norm=True,
+        full_attention_interval=4,
+        delta_key_heads=16,
+        delta_value_heads=16,
+        delta_key_dim=128,
+        delta_value_dim=128,
+    ),
+)
 HIWIN = ModelConfig(
     DecoderConfig(**VICUNA_7B),
     TowerConfig(**CLIP_L_14_336),
@@ -47,7 +70,9 @@ MODELS = {
     "qwen2, tied": dataclasses.replace(QWEN2, decoder=dataclasses.replace(QWEN2.decoder, tied_head=True)),
     "post-ViT": dataclasses.replace(FULL, compressor=CompressorConfig("none"), connector=ConnectorConfig(rounds=2)),
     "hiwin": HIWIN,
+    "qwen3.5": QWEN35,
     "tiny": tiny.MODEL,
+    "tiny hybrid": tiny.HYBRID,
     **{f"tiny {name}": model for name, model in tiny.KINDS.items()},
 } | {kind: dataclasses.replace(FULL, compressor=CompressorConfig(kind)) for kind in COMPRESSORS if kind != "none"}
 
@@ -80,6 +105,18 @@ def test_full_model_is_split_over_fsdp_and_tensor():
     leaves = jax.tree.leaves(with_shardings(abstract(FULL), mesh))
     on_one = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
     # Kernels are in four pieces, the two tables in two (the head in four).
+    assert on_one / sum(leaf.size for leaf in leaves) < 0.27
+
+
+def test_a_hybrid_decoder_is_split_over_fsdp_and_tensor():
+    """MiniCPM-V 4.6 at its full size: 1,300,428,016 parameters, all kernels in four pieces."""
+    shapes = abstract(QWEN35)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 1_300_428_016
+    layers = with_shardings(shapes, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))["decoder"]["delta_layers"]
+    assert layers["delta"]["qkv"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
+    assert layers["delta"]["out"]["kernel"].sharding.spec == P(None, "tensor", "fsdp")
+    leaves = jax.tree.leaves(layers)
+    on_one = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
     assert on_one / sum(leaf.size for leaf in leaves) < 0.27
 
 

@@ -25,7 +25,7 @@ def test_every_parameter_is_in_one_part_and_no_part_is_empty():
 
 def test_parts_of_every_kind_of_model():
     paths = {}
-    for model in tiny.KINDS.values():
+    for model in (*tiny.KINDS.values(), tiny.HYBRID):
         params = jax.eval_shape(lambda model=model: uhd.init_params(model, jax.random.key(0)))
         paths |= {path: part_of(path) for path in flatten_dict(params, sep="/")}
     assert set(paths.values()) == set(PARTS)

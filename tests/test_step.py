@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from uhd_jax.config import MeshConfig, OptimizerConfig
+from uhd_jax.models import uhd
 from uhd_jax.sharding.mesh import make_mesh
 from uhd_jax.sharding.rules import param_shardings, place_batch
 from uhd_jax.training.optimizer import make_optimizer
@@ -23,14 +24,14 @@ ONE = MeshConfig(data=1)
 EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
 
 
-def start(stage, mesh_config=ONE, loss_sums=tiny.loss_sums):
+def start(stage, mesh_config=ONE, loss_sums=tiny.loss_sums, params=tiny.params):
     """The step function, the first state, and a way to place batches."""
     count = 1 if mesh_config is ONE else 8
     mesh = make_mesh(mesh_config, jax.devices()[:count])
     optimizer = make_optimizer(OptimizerConfig(), stage)
-    abstract = jax.eval_shape(tiny.init_params, jax.random.key(0))
-    target = abstract_state(abstract, optimizer, stage.trainable, mesh)
-    params = jax.device_put(tiny.params(), jax.tree.map(lambda leaf: leaf.sharding, target.params))
+    params = params()
+    target = abstract_state(jax.eval_shape(lambda: params), optimizer, stage.trainable, mesh)
+    params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, target.params))
     params = jax.tree.map(jnp.copy, params)  # the state is donated, the cached parameters are not
     state = first_state(params, 0, optimizer, stage.trainable, target)
     step = make_train_step(loss_sums, stage, OptimizerConfig(), target, mesh)
@@ -101,6 +102,31 @@ def test_eight_devices_equal_one(eight, reference):
     assert_close(state.params, reference[0].params)
     state, metrics = compiled(state, place(tiny.batch(1)))  # what came out can go in
     assert int(metrics["skipped_total"]) == 0
+
+
+def test_a_hybrid_decoder_trains_on_packed_rows_alike_on_eight_devices_and_one():
+    def loss_sums(params, batch, key):
+        return uhd.loss_sums(params, batch, tiny.HYBRID)
+
+    def params():
+        return jax.jit(uhd.init_params, static_argnums=0)(tiny.HYBRID, jax.random.key(0))
+
+    batch = tiny.batch(0, dataclasses.replace(tiny.BUCKET, tokens=80))
+    batch.segments[:, 30:78] += 1
+    batch.segments[:, 66:78] += 1
+    states = []
+    for mesh in (ONE, EIGHT):
+        step, state, place = start(tiny.stage(warmup_steps=0), mesh, loss_sums, params)
+        losses = []
+        for _ in range(3):
+            state, metrics = step(state, place(batch))
+            losses.append(float(metrics["loss"]))
+            if len(losses) == 1:
+                states.append(jax.device_get((state.opt_state[1].mu, metrics)))
+        assert losses[2] < losses[1] < losses[0]
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(states[0][0]["decoder"]))
+    for a, b in zip(*(jax.tree.leaves(state) for state in states), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 + 1e-4 * np.abs(b).max())
 
 
 def test_parameters_are_drawn_in_place_with_the_same_values():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from uhd_jax.batch import Bucket
 from uhd_jax.config import (
@@ -24,6 +25,8 @@ from uhd_jax.data.chat import ImagePart, Message, encode_chat
 from uhd_jax.data.packing import fill_batch
 from uhd_jax.data.tokenizer import byte_tokenizer
 from uhd_jax.models import uhd
+from uhd_jax.models.decoder import Decoder
+from uhd_jax.ops.attention import packed_causal_mask
 from uhd_jax.ops.losses import weighted_cross_entropy
 from uhd_jax.slicing.pixels import cut_views
 from uhd_jax.slicing.plan import Size, make_plan
@@ -32,6 +35,7 @@ DECODERS = {
     "llama": DecoderConfig(272, 32, 48, 2, 4, 4, 8, rope_theta=1e4),
     "qwen2": DecoderConfig(272, 32, 48, 2, 4, 2, 8, qkv_bias=True, tied_head=True),
     "qwen3": DecoderConfig(272, 32, 48, 2, 4, 2, 16, qk_norm=True),
+    "qwen3.5": dataclasses.replace(tiny.HYBRID.decoder, vocab_size=272),
 }
 CONFIG = ModelConfig(
     decoder=DECODERS["qwen3"],
@@ -102,8 +106,17 @@ SLOT_TOKENS = CONFIG.visual_tokens(BUCKET.patches)
     ids=["alone", "packed", "another order", "another bucket, empty rows"],
 )
 def test_logits_depend_on_the_sample_alone(rows, bucket):
-    expected = _run([[0], [1], [2]], dataclasses.replace(BUCKET, rows=3, tokens=256))
-    found = _run(rows, bucket)
+    check_independence(rows, bucket, CONFIG)
+
+
+def test_logits_of_a_hybrid_depend_on_the_sample_alone():
+    """Neither the state nor the convolution of gated delta layers passes from one sample to the next."""
+    check_independence([[2, 0, 1]], BUCKET, dataclasses.replace(CONFIG, decoder=DECODERS["qwen3.5"]))
+
+
+def check_independence(rows, bucket, config):
+    expected = _run([[0], [1], [2]], dataclasses.replace(BUCKET, rows=3, tokens=256), config)
+    found = _run(rows, bucket, config)
     for sample, logits in expected.items():
         assert logits.shape == (len(SAMPLES[sample][0].tokens), 272)
         np.testing.assert_allclose(found[sample], logits, atol=1e-5, rtol=0)
@@ -149,6 +162,24 @@ def test_ways_to_compute_the_same(changes):
     np.testing.assert_allclose(other_loss, loss, atol=1e-5, rtol=0)
     for a, b in zip(jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
+
+
+def test_ways_to_compute_a_hybrid_decoder():
+    """Scan against loop, and rematerialised inside the scan over groups against kept."""
+    config = DECODERS["qwen3.5"]
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(2, 20, config.width)), jnp.float32)
+    segments = jnp.asarray([[1] * 20, [1] * 7 + [2] * 10 + [0] * 3])
+    inputs = x, jnp.arange(20)[None], packed_causal_mask(segments), segments
+    params = tiny.random_params(jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), *inputs)))
+
+    def loss(module):
+        return jax.jit(jax.value_and_grad(lambda params: jnp.sum(module.apply(params, *inputs)[0][:, :17] ** 2)))
+
+    expected = loss(Decoder(config, scan=True, remat="full"))(params)
+    for other in (Decoder(config, scan=False), Decoder(config, remat="dots")):
+        for a, b in zip(jax.tree.leaves(loss(other)(params)), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max(), rtol=0)
 
 
 def test_loss_is_the_weighted_mean_over_whole_logits():
