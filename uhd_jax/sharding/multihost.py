@@ -94,7 +94,7 @@ def join(launch: Launch, environ: Mapping[str, str] = os.environ) -> None:
         late.cancel()
     if threading.current_thread() is threading.main_thread():
         # JAX listens for SIGTERM itself from here on, and keeps it from whoever listened before.
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def _read(environ: Mapping[str, str], name: str) -> str | int | None:
