@@ -6,7 +6,6 @@ All of it follows from an index (`data.index`), that is from sizes and lengths o
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -72,6 +71,8 @@ class StageData:
             self._troubles |= {sample: Trouble(UNTRAINED, "an answer is empty") for sample in silent}
         self._troubles |= index.troubles
         self._places = self._seen()
+        self._tables: dict[int, np.ndarray] = {}  # by the limit of slices: needs of each case, zeros where not known
+        self._blocks: dict[Any, int] = {}  # tokens of visual blocks
         draws = np.random.default_rng(train.seed).random(len(index.sizes))
         refilled = draws < self.model.slicing.pre_resize.refill_probability
         cases = np.concatenate([index.sizes, refilled[:, None].astype(np.int32)], axis=1)
@@ -182,9 +183,10 @@ class StageData:
         """int64[4, N]: what the wanted samples need with at most `limit` slices per image."""
         of_wanted = wanted[self._sample]
         sample, case = self._sample[of_wanted], self._case[of_wanted]
-        table = np.zeros((len(self._cases), 4), np.int64)
+        table = self._tables.setdefault(limit, np.zeros((len(self._cases), 4), np.int64))
         used = np.unique(case)
-        table[used] = [self._view_needs(*self._cases[i].tolist(), limit) for i in used] or np.zeros((0, 4))
+        for i in used[table[used, 1] == 0].tolist():  # an image has at least one view
+            table[i] = self._view_needs(*self._cases[i].tolist(), limit)
         needs = np.zeros((4, len(wanted)), np.int64)
         needs[0] = self._texts.tokens
         for row, column in ((0, 0), (1, 1), (3, 3)):
@@ -202,10 +204,6 @@ class StageData:
         if alike not in self._blocks:
             self._blocks[alike] = block_tokens(plan, self._tokenizer, self.model.chat)
         return self._blocks[alike]
-
-    @functools.cached_property
-    def _blocks(self) -> dict[Any, int]:
-        return {}
 
 
 def stage_report(data: StageData, budgets: Sequence[int]) -> tuple[dict[str, Any], StageFit]:
