@@ -68,7 +68,7 @@ def get_config(arg: str = "") -> ConfigDict:
         model["compressor"] = {"after_layer": 1}
     else:
         model["tower"] = {"kind": "clip", "width": 96, "mlp_width": 256, "layers": 4, "skipped_layers": 1}
-        model["tower"] |= {"heads": 4, "table_side": 8, "norm_eps": 1e-5}
+        model["tower"] |= {"heads": 4, "patch_size": 28, "table_side": 4, "norm_eps": 1e-5}
         model["compressor"] = {"kind": "none"}
         model["slicing"]["rule"] = "v1"
         model["connector"] = {"kind": "spatial_resampler", "query_side": 2, "heads": 4}
@@ -91,36 +91,32 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def _stages(layout: str, thumbnail: bool, vdim: bool) -> list[dict]:
+    v4 = layout == "v4"
+    patches, rate = (64, 1.2e-3) if v4 else (16, 8e-4)
     max_slices, slots = (1, 4) if thumbnail else (9, 14)
     pages = {
         "packed_length": 192,
         "rows": 8,
         "max_slices": max_slices,
-        "buckets": [{"slots": slots, "tokens": 192, "patches": 64}],
-        "learning_rate": 1.2e-3,
+        "buckets": [{"slots": slots, "tokens": 192, "patches": patches}],
+        "learning_rate": rate,
         "warmup_steps": 20,
     }
-    cells = _stage(
-        "cells",
-        {"task": "cell"},
-        scale_resolution=56,
-        steps=750,
-        rows=32,
-        packed_length=52,
-        buckets=[{"slots": 4, "tokens": 52, "patches": 16}],
-        learning_rate=8e-4,
-        tower_learning_rate_factor=3.0,
-        warmup_steps=60,
-        max_slices=1,
-    )
+    if v4:  # a token is a cell in views of any size
+        first = {"scale_resolution": 56, "steps": 750, "rows": 32, "tower_learning_rate_factor": 3.0}
+        first |= {"buckets": [{"slots": 4, "tokens": 52, "patches": 16}]}
+    else:  # a token is a quarter of any view, so a cell alone would teach what no page needs
+        first = {"steps": 350, "rows": 16, "buckets": [{"slots": 4, "tokens": 52, "patches": patches}]}
+    first |= {"packed_length": 52, "learning_rate": 8e-4, "warmup_steps": 60, "max_slices": 1}
+    cells = _stage("cells", {"task": "cell" if v4 else "same"}, **first)
     views = _stage(
         "views",
         {"task": "view", "layout": layout},
-        steps=300,
+        steps=300 if v4 else 1200,
         rows=16,
         packed_length=84,
-        buckets=[{"slots": 4, "tokens": 84, "patches": 64}],
-        learning_rate=1.2e-3,
+        buckets=[{"slots": 4, "tokens": 84, "patches": patches}],
+        learning_rate=rate,
         warmup_steps=20,
         max_slices=1,
     )
@@ -132,17 +128,17 @@ def _stages(layout: str, thumbnail: bool, vdim: bool) -> list[dict]:
         steps=60,
         rows=16,
         packed_length=84,
-        buckets=[{"slots": 1, "tokens": 84, "patches": 64}],
+        buckets=[{"slots": 1, "tokens": 84, "patches": patches}],
         learning_rate=1e-3,
         max_slices=1,
     ) | {"trainable": ("upsampler", "upsampler_fixup")}
     questions = {"task": "mixed", "questions_per_page": 4, "questions_fraction": 0.5, "layout": layout}
-    longer = {"packed_length": 256, "buckets": [{"slots": slots, "tokens": 256, "patches": 64}]}
+    longer = {"packed_length": 256, "buckets": [{"slots": slots, "tokens": 256, "patches": patches}]}
     return [
         cells,
         *([reconstruction] if vdim else []),
         views,
-        _stage("pages", {"task": "page", "layout": layout}, steps=560, **pages),
+        _stage("pages", {"task": "page", "layout": layout}, steps=560 if v4 else 900, **pages),
         _stage("questions", questions, steps=200, sample_weight_power=0.5, **pages | longer),
     ]
 

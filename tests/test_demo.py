@@ -50,7 +50,17 @@ def test_every_page_shape_is_cut_at_cell_borders_without_resampling(shape):
         assert max(view.patch_grid.area for view in plan.views) == 64
 
 
-@pytest.mark.parametrize("task, resolution", [("cell", 56), ("view", 112)])
+def test_a_page_of_one_digit_shows_different_images_of_it():
+    pages, labels = DigitPages({"task": "same"}), demo._digits()[1]
+    shown = [pages._page(i) for i in range(50)]
+    for page in shown:
+        assert page.cells.shape == (2, 2) and len(set(page.cells.reshape(-1))) > 1
+        assert page.turns == ((demo.TRANSCRIBE, str(labels[page.cells[0, 0]])),)
+        assert len(set(labels[page.cells.reshape(-1)])) == 1
+    assert len({page.turns for page in shown}) == 10
+
+
+@pytest.mark.parametrize("task, resolution", [("cell", 56), ("same", 112), ("view", 112)])
 def test_pages_of_one_view_are_not_resampled(task, resolution):
     pages = DigitPages({"task": task})
     plan = make_plan(pages.sizes(0)[0], SlicingConfig(scale_resolution=resolution), 14, 2)
@@ -67,7 +77,7 @@ def test_a_slice_limit_of_one_leaves_the_thumbnail_alone():
         np.testing.assert_array_equal(thumbnail[0], sliced[0])
 
 
-@pytest.mark.parametrize("task", ["cell", "view", "page", "questions", "mixed"])
+@pytest.mark.parametrize("task", ["cell", "same", "view", "page", "questions", "mixed"])
 def test_pages_are_the_same_every_time_and_of_the_announced_size(task):
     pages, again = DigitPages({"task": task}), DigitPages({"task": task})
     for index in (0, 7, 99_999):

@@ -41,7 +41,7 @@ TRANSCRIBE = "Transcribe."
 class DigitPagesOptions:
     """Options of the source "digit_pages" (`DataConfig.options`)."""
 
-    task: Literal["cell", "view", "page", "questions", "mixed"] = "page"
+    task: Literal["cell", "same", "view", "page", "questions", "mixed"] = "page"
     split: Literal["train", "held_out"] = "train"
     shapes: tuple[tuple[int, ...], ...] = (
         (1, 2),
@@ -75,8 +75,9 @@ class _Page(NamedTuple):
 class DigitPages:
     """Pages of digits with questions and answers; page i is the same in every process and every run.
 
-    Tasks: "cell" a page of one cell, answered by its digit; "view" one view of 2 x 2 digits, transcribed; "page" a
-    sliced page, transcribed; "questions" short questions about a sliced page; "mixed" both of these.
+    Tasks: "cell" a page of one cell, answered by its digit; "same" one view of 2 x 2 images of one digit, answered by
+    it; "view" one view of 2 x 2 digits, transcribed; "page" a sliced page, transcribed; "questions" short questions
+    about a sliced page; "mixed" both of these.
     """
 
     def __init__(self, options: DigitPagesOptions | Mapping[str, Any] | None = None):
@@ -120,6 +121,9 @@ class DigitPages:
         if options.task == "cell":
             cells = rng.choice(images, (1, 1))
             return _Page(cells, ((TRANSCRIBE, str(labels[cells.item()])),))
+        if options.task == "same":
+            digit = labels[rng.choice(images)]
+            return _Page(rng.choice(images[labels[images] == digit], (2, 2)), ((TRANSCRIBE, str(digit)),))
         if options.task == "view":
             grid = Grid(1, 1)
         else:

@@ -53,7 +53,7 @@ class ClipTower(nn.Module):
         layer = TowerLayer(cfg, self.dtype, parent=None)
         example = jnp.zeros((1, 4, cfg.width), self.dtype)
         stacked = self.param("layers", layers.stack_init(layer, cfg.layers, example, None))
-        normal = nn.initializers.normal(0.02)
+        normal = nn.initializers.normal(cfg.width**-0.5)  # the original's; much less drowns in the pre-norm
         class_token = self.param("class_token", normal, (cfg.width,), jnp.float32)
         entries = 1 + math.prod(cfg.table_shape)  # the class token's, then those of the patches
         table = self.param("position_table", normal, (entries, cfg.width), jnp.float32)
