@@ -90,6 +90,19 @@ def test_plan_names_the_list_that_wastes_least(capsys, given):
     assert plan["buckets"] == least["buckets"]
 
 
+def test_plan_prefers_a_shorter_list_that_wastes_less(capsys, given, monkeypatch):
+    wastes = iter((0.02, 0.01, 0.05, None))
+
+    def bucket_list(name, data, fit):
+        padding = {"tokens": 0.5, "slots": 0.5, "patches": 0.5, "work": next(wastes)}
+        buckets = [{"slots": 1, "tokens": 1, "patches": 1}] * int(name[0])
+        return {"name": name, "buckets": buckets, "dropped": 0, "fewer_slices": 0, "padding": padding}
+
+    monkeypatch.setattr("uhd_jax.analysis.data_stats.bucket_list", bucket_list)
+    (plan,) = json.loads(call(capsys, "data", "plan", *given, "--programs=4", "--json")[1])["stages"]
+    assert len(plan["buckets"]) == 2
+
+
 def test_show_as_json(capsys, config_file, conversation):
     argv = ("data", "show", "0", f"--config={config_file}", ROOMY, "--source=json", f"--option=path={conversation}")
     status, out, _ = call(capsys, *argv, "--json")

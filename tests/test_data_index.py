@@ -14,6 +14,7 @@ from uhd_jax.config import ChatConfig, DataConfig, ImageLimits, SlicingConfig
 from uhd_jax.data import index as indexing
 from uhd_jax.data.chat import ImagePart, Message, encode_chat
 from uhd_jax.data.index import REFERENCE, block_tokens, data_stamp, index_path, open_index
+from uhd_jax.data.sources import make_source
 from uhd_jax.data.tokenizer import load_tokenizer
 from uhd_jax.data.windows import MALFORMED, REFUSED
 from uhd_jax.slicing.plan import Size, make_plan
@@ -73,6 +74,13 @@ def test_what_the_prompt_form_cannot_take_is_said(tmp_path):
     plain, chatml = index.texts.values()
     assert not chatml.troubles and plain.troubles[3].counter == MALFORMED and "plain" in plain.troubles[3].reason
     assert plain.tokens[3] == 0
+
+
+def test_images_that_the_messages_do_not_show_are_said(tmp_path, monkeypatch):
+    source = make_source(data_of(write_records(tmp_path)))
+    monkeypatch.setattr(source, "sizes", lambda sample: [Size(8, 8)] * 4)
+    measured = indexing.measure(source, 0, {})
+    assert measured.trouble.counter == MALFORMED and "4 images, but the messages show" in measured.trouble.reason
 
 
 def test_workers_make_the_same(tmp_path, monkeypatch):
