@@ -168,7 +168,6 @@ def test_what_is_told_adds_up():
 
 # --- real processes -------------------------------------------------------------------------------------------------
 
-STAGE = "stages=(stage,)"
 TWO_STAGES = """
     stages=(dict(stage, rows=16, steps=2), dict(stage, rows=16, name="second", steps=2, accumulation=2)),
     mesh=dict(fsdp=2),
@@ -237,8 +236,9 @@ def curve(workdir):
     return [(record["stage"], record["step"], record["loss"], record["grad_norm"]) for record in records(workdir)]
 
 
-def write(path, old=STAGE, new=STAGE):
-    path.write_text(CONFIG.replace(old, new))
+def write(path, stages="stages=(stage,)"):
+    config = CONFIG.replace("model=dict(", 'model=dict(dtype="float32", ').replace("stages=(stage,)", stages)
+    path.write_text(config)
     return path
 
 
@@ -246,7 +246,7 @@ def write(path, old=STAGE, new=STAGE):
 def alone(tmp_path_factory):
     """The curve of one process, here, with eight devices."""
     folder = tmp_path_factory.mktemp("alone")
-    config = write(folder / "config.py", new=TWO_STAGES)
+    config = write(folder / "config.py", TWO_STAGES)
     assert main(["train", f"--config={config}", f"--workdir={folder}/run", *OPTIONS]) == 0
     return folder / "run"
 
@@ -254,7 +254,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
 def test_as_many_processes_as_you_like_have_the_losses_of_one(together, tmp_path, alone, processes, devices):
     workdir = tmp_path / "run"
-    config = write(tmp_path / "config.py", new=TWO_STAGES)
+    config = write(tmp_path / "config.py", TWO_STAGES)
     statuses, shown = ended(together(workdir, config, processes, devices, before=""))
     assert statuses == [0] * processes, shown
     for ours, theirs in zip(curve(workdir), curve(alone), strict=True):
