@@ -33,23 +33,6 @@ MODEL = ModelConfig(
     dtype="float32",
     loss_chunk=16,
 )
-# Qwen3.5's decoder: two groups of two gated delta layers and a full-attention layer.
-HYBRID = dataclasses.replace(
-    MODEL,
-    decoder=dataclasses.replace(
-        MODEL.decoder,
-        layers=6,
-        full_attention_interval=3,
-        rotary_dim=4,
-        mrope_sections=(1, 1, 0),
-        gated_attention=True,
-        zero_centred_norm=True,
-        delta_key_heads=2,
-        delta_value_heads=4,
-        delta_key_dim=8,
-        delta_value_dim=6,
-    ),
-)
 
 _TOWER = TowerConfig("moonvit", width=16, mlp_width=24, layers=3, heads=2, patch_size=2, table_side=8)
 _CLIP = dataclasses.replace(_TOWER, kind="clip", skipped_layers=1)
@@ -71,6 +54,7 @@ KINDS = {"moonvit": dataclasses.replace(MODEL, tower=_TOWER)} | {
     )
     for name, connector in _CONNECTORS.items()
 }
+# Qwen3.5's decoder: two groups of two gated delta layers and a full-attention layer.
 HYBRID = dataclasses.replace(
     MODEL,
     decoder=dataclasses.replace(
