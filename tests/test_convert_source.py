@@ -12,8 +12,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from uhd_jax.convert.source import INDEX, open_source, read_header
+from uhd_jax.convert.source import open_source, read_header
 from uhd_jax.convert.tables import ConvertError
+from uhd_jax.convert.tensors import INDEX
 from uhd_jax.convert.writer import write_safetensors
 
 RANDOM = np.random.default_rng(0)

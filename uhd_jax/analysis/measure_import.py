@@ -28,8 +28,9 @@ import numpy as np
 from uhd_jax.config import ChatConfig, CompressorConfig, ConnectorConfig, DecoderConfig, ModelConfig, TowerConfig
 from uhd_jax.config.presets import CLIP_L_14_336, VICUNA_7B, VICUNA_CHAT
 from uhd_jax.convert.families import family_named
-from uhd_jax.convert.source import DTYPES, open_source
+from uhd_jax.convert.source import open_source
 from uhd_jax.convert.tables import flatten, match_back
+from uhd_jax.convert.tensors import DTYPES
 from uhd_jax.convert.transfer import recognise
 from uhd_jax.convert.writer import write_safetensors
 from uhd_jax.models import uhd

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from uhd_jax.convert.source import DTYPES, TensorInfo
 from uhd_jax.convert.tables import ConvertError
+from uhd_jax.convert.tensors import DTYPES, TensorInfo
 from uhd_jax.convert.writer import write_safetensors
 
 

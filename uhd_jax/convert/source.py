@@ -7,7 +7,6 @@ and not as noise in a model's answers. So are weights that are not finite.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -18,37 +17,13 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from jax import dtypes
 
 from uhd_jax.convert.tables import ConvertError
+from uhd_jax.convert.tensors import DTYPES, INDEX, TensorInfo
 
-INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".ckpt")
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(dtypes.bfloat16),
-    **{f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)},
-    "BOOL": np.dtype(np.bool_),
-}
 _BLOCK = 2**22  # elements that are checked at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorInfo:
-    """What a header says of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    file: Path
-    offset: int = 0  # bytes from the file's start
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Source:

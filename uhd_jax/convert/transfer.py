@@ -17,8 +17,9 @@ from uhd_jax.checkpoint import SavedModel, Streamed, save_model
 from uhd_jax.config import ModelConfig
 from uhd_jax.convert import sentencepiece
 from uhd_jax.convert.families import FAMILIES, Dropped, Family, drops, family_named, find_family, select
-from uhd_jax.convert.source import DTYPES, Source
+from uhd_jax.convert.source import Source
 from uhd_jax.convert.tables import ConvertError, Move, flatten, load, match, match_back, unflatten
+from uhd_jax.convert.tensors import DTYPES
 from uhd_jax.convert.writer import Item, whole_folder, write_safetensors
 
 WHOLE = {"tower", "connector", "decoder"}  # parts of a model that can answer

@@ -13,8 +13,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from uhd_jax.convert.source import DTYPES, INDEX
 from uhd_jax.convert.tables import ConvertError, Described
+from uhd_jax.convert.tensors import DTYPES, INDEX
 
 MAX_SHARD_BYTES = 5 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
