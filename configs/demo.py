@@ -81,7 +81,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "name": f"demo_{system}",
             "model": model,
             "train": {
-                "stages": _stages(layout, thumbnail, vdim=system == "v2" and options.get("pyramid", "vdim") == "vdim"),
+                "stages": _stages(layout, thumbnail, system == "v2", options.get("pyramid", "vdim") == "vdim"),
                 "optimizer": {"b2": 0.9},  # from scratch: forgets the first steps' large gradients ten times sooner
                 "checkpoint_every": 100,
                 "log_every": 10,
@@ -90,7 +90,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
 
 
-def _stages(layout: str, thumbnail: bool, vdim: bool) -> list[dict]:
+def _stages(layout: str, thumbnail: bool, hiwin: bool, vdim: bool) -> list[dict]:
     v4 = layout == "v4"
     patches, rate = (64, 1.2e-3) if v4 else (16, 8e-4)
     max_slices, slots = (1, 4) if thumbnail else (9, 14)
@@ -106,7 +106,11 @@ def _stages(layout: str, thumbnail: bool, vdim: bool) -> list[dict]:
         first = {"scale_resolution": 56, "steps": 750, "rows": 32, "tower_learning_rate_factor": 3.0}
         first |= {"buckets": [{"slots": 4, "tokens": 52, "patches": 16}]}
     else:  # a token is a quarter of any view, so a cell alone would teach what no page needs
-        first = {"steps": 350, "rows": 16, "buckets": [{"slots": 4, "tokens": 52, "patches": patches}]}
+        first = {
+            "steps": 800 if hiwin else 350,
+            "rows": 16,
+            "buckets": [{"slots": 4, "tokens": 52, "patches": patches}],
+        }
     first |= {"packed_length": 52, "learning_rate": 8e-4, "warmup_steps": 60, "max_slices": 1}
     cells = _stage("cells", {"task": "cell" if v4 else "same"}, **first)
     views = _stage(
@@ -136,7 +140,7 @@ def _stages(layout: str, thumbnail: bool, vdim: bool) -> list[dict]:
     longer = {"packed_length": 256, "buckets": [{"slots": slots, "tokens": 256, "patches": patches}]}
     return [
         cells,
-        *([reconstruction] if vdim else []),
+        *([reconstruction] if hiwin and vdim else []),
         views,
         _stage("pages", {"task": "page", "layout": layout}, steps=560 if v4 else 900, **pages),
         _stage("questions", questions, steps=200, sample_weight_power=0.5, **pages | longer),
