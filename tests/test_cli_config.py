@@ -79,7 +79,7 @@ def test_a_new_option_may_be_replaced_in_turn(config_file):
         (
             "--config.train.stages[0].data.source=dreams",
             ConfigError,
-            ("config.train.stages[0].data.source: 'dreams' is not one of digit_pages, images, records",),
+            ("config.train.stages[0].data.source: 'dreams' is not one of array_record, arrow, digit_pages,",),
         ),
         (
             "--config.train.stages[0].data.options.tusk=page",

@@ -103,7 +103,7 @@ def test_train_then_answer(capsys, config_file, image_file, tmp_path):
     ask = ("generate", f"--checkpoint={workdir}", "--prompt=?", "--max-new-tokens=3", "--max-slices=1")
     status, out, _ = call(capsys, *ask, f"--image={image_file}", "--json")
     assert status == 0
-    assert set(json.loads(out)) == {"prompt", "images", "answer"}
+    assert set(json.loads(out)) == {"prompt", "images", "videos", "answer"}
 
     status, _, err = call(capsys, *ask, "--image=missing.png")
     assert status == 1 and "missing.png" in err.splitlines()[-1]

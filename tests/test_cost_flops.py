@@ -199,7 +199,7 @@ def test_every_product_of_gated_delta_layers_is_counted_and_no_other():
     work, full = cost.bucket_work(bucket), cost.Convention(causal=False)
     counted = sum(cost.forward_flops(config, work, convention=full).values())
     assert 2 * (products(traced.jaxpr) + convolution) == counted
-    heads, inside = decoder.delta_value_heads, 2 * decoder.delta_key_dim + decoder.delta_value_dim
+    heads, inside = decoder.delta_value_heads, 3 * decoder.delta_key_dim + 2 * decoder.delta_value_dim
     masked = 4 * heads * (64 - 65 / 2) * inside * work.tokens
     masked += 2 * 2 * decoder.heads * decoder.head_dim * (bucket.rows * bucket.tokens**2 - work.token_pairs)
     assert sum(cost.forward_flops(config, work).values()) == counted - 2 * masked

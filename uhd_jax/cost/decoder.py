@@ -1,7 +1,7 @@
 """The decoder: multiply-accumulates of its layers and head, and parameters.
 
 A gated delta layer takes its tokens in chunks, as `ops.gated_delta.chunked_delta` does: products among the tokens of a
-chunk, the solution of its triangular system, and three products with the state.
+chunk, the inverse of its triangular system, and three products with the state.
 """
 
 from __future__ import annotations
@@ -57,5 +57,7 @@ def _delta_pairs(decoder: DecoderConfig, causal: bool) -> float:
     key, value = decoder.delta_key_dim, decoder.delta_value_dim
     others = (CHUNK + 1) / 2 if causal else CHUNK
     inside = others * (2 * key + value)  # keys and queries with keys, and the changes' sum
-    solution = (CHUNK - 1) / 2 * (key + value)
+    # The inverse of the triangular system, of blocks that double in size (two products of each pair of blocks), times
+    # values and keys.
+    solution = (CHUNK**2 - 1) / 3 + others * (key + value)
     return decoder.delta_value_heads * (inside + solution + 3 * key * value)
