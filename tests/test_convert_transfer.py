@@ -274,6 +274,34 @@ def test_nothing_is_left_where_a_weight_is_not_finite(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["model.language_model.layers.2.mlp.down_proj.weight", "lm_head.weight"])
+@pytest.mark.parametrize("value, theirs, dtype", [(1e300, "float64", "float32"), (3.4e38, "float32", "bfloat16")])
+def test_a_weight_that_becomes_infinite_is_named(tmp_path, name, value, theirs, dtype):
+    tensor = load_file(GOLDEN / "model.safetensors")[name].astype(theirs)
+    tensor[3, 4] = value
+    source = make_checkpoint(tmp_path / "source", **{name: tensor})
+    with pytest.raises(ConvertError, match=rf"{name} holds .*e\+\d+ \({theirs}\), which {dtype} cannot"):
+        imported(source, tmp_path / "made", dtype)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    imported(source, tmp_path / "made", "as-is")
+    with pytest.raises(ConvertError, match=rf"{name} holds .*e\+\d+ \({theirs}\), which {dtype} cannot"):
+        export_model(tmp_path / "made", tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_model_that_is_not_finite_is_not_exported(tmp_path, value):
+    params = jax.tree.map(np.array, tiny.random_params(jax.eval_shape(tiny.init_params, jax.random.key(0))))
+    jax.tree.leaves(params["decoder"])[-1].flat[2] = value
+    checkpointer = Checkpointer(tmp_path / "run")
+    checkpointer.save(7, params, {"step": np.int32(7)}, {}, {"config": to_dict(tiny.run())})
+    checkpointer.close()
+    with pytest.raises(ConvertError, match=rf"run: \S+ \(float32\) would hold {value}; weights must be finite"):
+        export_model(tmp_path / "run", tmp_path / "out", "llava_uhd_v4_research")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_what_does_not_fit_is_listed_before_anything_is_written(tmp_path):
     tensor = np.ones((2, 3), np.float32)
     source = make_checkpoint(

@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from uhd_jax.convert.tables import ConvertError
+from uhd_jax.convert.tables import ConvertError, not_finite
 from uhd_jax.convert.tensors import DTYPES, INDEX, TensorInfo
 
 PICKLES = (".bin", ".pt", ".ckpt")
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
-_BLOCK = 2**22  # elements that are checked at a time
 
 
 class Source:
@@ -72,7 +71,7 @@ class Source:
         if array.nbytes != info.nbytes:
             raise ConvertError(f"{info.file} became shorter while it was read: {name} is cut")
         array = array.view(info.dtype)
-        if (found := _not_finite(array)) is not None:
+        if (found := not_finite(array)) is not None:
             place, value = found
             where = [int(index) for index in np.unravel_index(place, info.shape)]
             raise ConvertError(
@@ -277,18 +276,3 @@ def _unpickled(path: Path, files: list[Path], allow_pickle: bool) -> Source:
     except BaseException:
         scratch.cleanup()
         raise
-
-
-def _not_finite(array: np.ndarray) -> tuple[int, float] | None:
-    """The first place of a flat array with NaN or an infinity, and the value there."""
-    if array.dtype.kind in "iub":
-        return None
-    # On the bits, many times faster than isfinite on bfloat16: all ones in the exponent.
-    exponent = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF << 52}[array.dtype.name]
-    bits = array.view(f"u{array.itemsize}")
-    for start in range(0, bits.size, _BLOCK):
-        block = bits[start : start + _BLOCK] & exponent
-        if block.max() == exponent:
-            place = start + int(np.argmax(block == exponent))
-            return place, float(array[place])
-    return None

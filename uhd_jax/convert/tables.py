@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 BLOCK = 2**24  # bytes of a parameter that are made, written and later read together
+_CHECKED = 2**22  # elements that are looked at together
 
 
 class ConvertError(ValueError):
@@ -154,16 +155,16 @@ class Move:
         """Ours in pieces of `block_shape`, each with its place; one tensor of theirs is held at a time."""
         shape, dtype = self.block_shape(dtype, limit), np.dtype(dtype or self.dtype)
         if not self.entry.stacked or shape[0] == 1:
-            for number, layer in enumerate(self.layers(read)):
+            for number, (name, layer) in enumerate(zip(self.names, self.layers(read), strict=True)):
                 lead = (slice(number, number + 1),) if self.entry.stacked else ()
                 for start in range(0, layer.shape[0], shape[len(lead)]) if layer.ndim else (None,):
                     place = () if start is None else (slice(start, min(start + shape[len(lead)], layer.shape[0])),)
-                    block = contiguous(layer[place]).astype(dtype, copy=False)
+                    block = cast(name, contiguous(layer[place]), dtype)
                     yield lead + place, block.reshape((1,) * len(lead) + block.shape)
             return
         block = np.empty(shape, dtype)
-        for number, layer in enumerate(self.layers(read)):
-            block[number % shape[0]] = contiguous(layer)
+        for number, (name, layer) in enumerate(zip(self.names, self.layers(read), strict=True)):
+            block[number % shape[0]] = cast(name, contiguous(layer), dtype)
             if (done := number % shape[0] + 1) == shape[0] or number + 1 == self.shape[0]:
                 yield (slice(number + 1 - done, number + 1),), block[:done]
                 block = np.empty(shape, dtype)
@@ -329,3 +330,36 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     for start in range(0, array.shape[1], 16):  # of which the source's lines stay in the cache
         result[:, start : start + 16] = array[:, start : start + 16]
     return result
+
+
+def cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    """The array in another dtype; itself if it is of that.
+
+    Raises:
+      ConvertError: a finite value is infinite there; `name` says of which tensor.
+    """
+    dtype = np.dtype(dtype)
+    if np.can_cast(array.dtype, dtype, "safe"):
+        return array.astype(dtype, copy=False)
+    with np.errstate(over="ignore", invalid="ignore"):
+        made = array.astype(dtype)
+    flat = made.reshape(-1)
+    if (found := not_finite(flat)) is not None:
+        value = array.reshape(-1)[found[0]]
+        raise ConvertError(f"{name} holds {value} ({array.dtype}), which {dtype} cannot; choose a wider dtype")
+    return made
+
+
+def not_finite(array: np.ndarray) -> tuple[int, float] | None:
+    """The first place of a flat array with NaN or an infinity, and the value there."""
+    if array.dtype.kind in "iub":
+        return None
+    # On the bits, many times faster than isfinite on bfloat16: all ones in the exponent.
+    exponent = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000, "float64": 0x7FF << 52}[array.dtype.name]
+    bits = array.view(f"u{array.itemsize}")
+    for start in range(0, bits.size, _CHECKED):
+        block = bits[start : start + _CHECKED] & exponent
+        if block.max() == exponent:
+            place = start + int(np.argmax(block == exponent))
+            return place, float(array[place])
+    return None

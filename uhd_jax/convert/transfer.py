@@ -18,7 +18,7 @@ from uhd_jax.config import ModelConfig
 from uhd_jax.convert import sentencepiece
 from uhd_jax.convert.families import FAMILIES, Dropped, Family, drops, family_named, find_family, select
 from uhd_jax.convert.source import Source
-from uhd_jax.convert.tables import ConvertError, Move, flatten, load, match, match_back, unflatten
+from uhd_jax.convert.tables import ConvertError, Move, cast, flatten, load, match, match_back, not_finite, unflatten
 from uhd_jax.convert.tensors import DTYPES
 from uhd_jax.convert.writer import Item, whole_folder, write_safetensors
 
@@ -103,7 +103,8 @@ def import_model(
       progress: called with the number of bytes read, again and again.
 
     Raises:
-      ConvertError: the checkpoint does not fit its family or holds no whole model; or the destination cannot be used.
+      ConvertError: the checkpoint does not fit its family or holds no whole model; a weight is not finite, or not so in
+        `dtype`; or the destination cannot be used.
       CheckpointError: it cannot be written.
     """
     if set(found.family.parts) != WHOLE:
@@ -173,7 +174,8 @@ def export_model(
       max_shard_bytes: limit of a file; None for that of `write_safetensors`.
 
     Raises:
-      ConvertError: no layout has room for the model, or the destination cannot be used.
+      ConvertError: no layout has room for the model, a weight is not finite or is not so in `dtype`, or the destination
+        cannot be used.
       CheckpointError: the model cannot be read.
     """
     saved = SavedModel(directory)
@@ -189,9 +191,11 @@ def export_model(
         raise ConvertError(f"{chosen.name} holds {', '.join(chosen.parts)}, which the model does not have") from None
     kept, rounded, wanted = _Kept(saved), [], STORED[config.dtype]
 
-    def cast(name: str, made: np.ndarray) -> np.ndarray:
+    def checked(name: str, made: np.ndarray) -> np.ndarray:
         progress(made.nbytes)
-        tensor = made.astype(wanted, copy=False)
+        if (bad := not_finite(made.reshape(-1))) is not None:
+            raise ConvertError(f"{directory}: {name} ({made.dtype}) would hold {bad[1]}; weights must be finite")
+        tensor = cast(name, made, wanted)
         if not np.can_cast(made.dtype, wanted, "safe") and (tensor.astype(made.dtype) != made).any():
             rounded.append(name)
         return tensor
@@ -200,7 +204,7 @@ def export_model(
     for move in match_back(chosen.table(config), infos):
         kept.expect(move)
         info = jax.ShapeDtypeStruct(move.shape, wanted)
-        items.append((move.name, info, lambda move=move: cast(move.name, kept.make(move))))
+        items.append((move.name, info, lambda move=move: checked(move.name, kept.make(move))))
     for name, shape in chosen.filled(config).items():
         items.append((name, jax.ShapeDtypeStruct(shape, wanted), lambda shape=shape: np.zeros(shape, wanted)))
     nbytes = sum(int(np.prod(info.shape, dtype=np.int64)) * wanted.itemsize for _, info, _ in items)
