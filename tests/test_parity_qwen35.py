@@ -207,6 +207,7 @@ def test_tensors_dropped_on_purpose():
         (dict(hidden_act="gelu"), "hidden_act: 'gelu' is not supported"),
         (dict(model_type="mamba"), "'mamba' is none of llama, qwen2"),
         (dict(rope_parameters=_ROPE | {"rope_type": "yarn"}), "rope_type: 'yarn' is not supported"),
+        (dict(rope_scaling={"type": "linear", "factor": 4.0}), "type: 'linear' is not supported"),
         (dict(rope_parameters=_ROPE | {"mrope_section": [5, 5, 5]}), "mrope_sections"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),

@@ -12,7 +12,7 @@ from command_line import call
 from hf46 import make_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from uhd_jax.analysis.verify import VerifyError, compare_logits, made_images, verify
+from uhd_jax.analysis.verify import Comparison, Report, VerifyError, compare_logits, made_images, verify
 from uhd_jax.cli.convert import _abstract_of
 from uhd_jax.config import ChatConfig
 from uhd_jax.convert.minicpmv46_files import chat_template
@@ -73,6 +73,24 @@ def test_the_command_line(folders, capsys, image_file):
     assert found["top1_agreement"] == 1 and len(found["prompts"]) == 1
     (prompt,) = found["prompts"]
     assert len(prompt["kl"]) == len(prompt["max_abs"]) == len(prompt["same_top"]) == found["positions"]
+
+
+def test_the_verdict():
+    def problem(kl, same_ids=None):
+        figures = np.array([1e-3, kl]), np.array([0.0, kl]), np.array([True, True])
+        return Report("source", "model", (Comparison("Why?", 0, *figures, same_ids),)).problem
+
+    assert problem(1e-6) is None
+    assert problem(0.5) == "logits of 'Why?' differ at position 1: KL 5.0e-01, above 1e-04"
+    assert "not finite" in problem(np.nan)
+    assert "other ids" in problem(1e-6, same_ids=False)
+
+
+def test_another_model_is_refused(folders, tmp_path):
+    source, _ = folders
+    other = tmp_path / "other"
+    make_checkpoint(other, "qwen3", tied=False)
+    assert "differ at position" in verify(source, other, prompts=["Why?"]).problem
 
 
 def test_compare_logits():

@@ -24,8 +24,11 @@ PROMPTS = ("What is shown here? Answer in one sentence.", "Read all the text.")
 _CLASSES = {"minicpmv4_6": "AutoModelForImageTextToText"}  # model_type -> transformers' class
 
 
+MAX_KL = 1e-4  # nats at any position, beyond which two models in float32 are not the same
+
+
 class VerifyError(RuntimeError):
-    """The two cannot be compared: a package is missing, or transformers cannot run the source."""
+    """The two differ, or cannot be compared: a package is missing, or transformers cannot run the source."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,21 @@ class Report:
             "max_kl": float(kl.max()),
             "mean_kl": float(kl.mean()),
             "top1_agreement": float(same_top.mean()),
+            "same": self.problem is None,
         }
+
+    @property
+    def problem(self) -> str | None:
+        """Why the two are not the same model, or None."""
+        for c in self.comparisons:
+            if not (np.isfinite(c.kl).all() and np.isfinite(c.max_abs).all()):
+                return f"logits of {c.prompt!r} are not finite on one side"
+            if c.kl.max() > MAX_KL:
+                place = int(c.kl.argmax())
+                return f"logits of {c.prompt!r} differ at position {place}: KL {c.kl[place]:.1e}, above {MAX_KL:.0e}"
+            if c.same_ids is False:
+                return f"the source's processor makes other ids of {c.prompt!r}"
+        return None
 
     def __str__(self) -> str:
         lines = [
@@ -154,7 +171,10 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def _compare(model: Any, processor: Any, ours: Assistant, prompt: str, images: list[Any]) -> Comparison:
     prepared = ours.prepare(prompt, images)
-    figures = compare_logits(ours.logits(prepared.token_ids, images), _torch_logits(model, prepared, ours.config))
+    here, there = ours.logits(prepared.token_ids, images), _torch_logits(model, prepared, ours.config)
+    if here.shape != there.shape:
+        raise VerifyError(f"not the same model: {there.shape[-1]} tokens in the source, {here.shape[-1]} in the import")
+    figures = compare_logits(here, there)
     same_ids = None
     if processor is not None:
         same_ids = _processor_ids(processor, prompt, len(images), ours, images) == prepared.token_ids.tolist()
@@ -172,8 +192,13 @@ def _torch_logits(model: Any, prepared: Prepared, config: ModelConfig) -> np.nda
         inputs["pixel_values"] = torch.tensor(pixels)
         inputs["target_sizes"] = torch.tensor(np.array(grids, np.int32))
         inputs["downsample_mode"] = config.mode
-    with torch.no_grad():
-        return model(**inputs).logits[0].float().numpy()
+    try:
+        with torch.no_grad():
+            return model(**inputs).logits[0].float().numpy()
+    except (ValueError, IndexError, RuntimeError) as error:
+        raise VerifyError(
+            f"the source cannot take what the import made of a prompt: not the same model ({error})"
+        ) from error
 
 
 def _torch_model(source: Path) -> Any:

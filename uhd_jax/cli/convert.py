@@ -150,10 +150,12 @@ def _combine(arguments: argparse.Namespace, config: RunConfig) -> None:
 
 
 def _verify(arguments: argparse.Namespace, _: None) -> None:
-    from uhd_jax.analysis.verify import verify
+    from uhd_jax.analysis.verify import VerifyError, verify
 
     report = verify(arguments.source, arguments.directory, arguments.image, arguments.prompt)
     print(json.dumps(report.to_json()) if arguments.json else report)
+    if report.problem:
+        raise VerifyError(f"{arguments.directory} is not what {arguments.source} is: {report.problem}")
 
 
 def _abstract_of(model: Any) -> Any:

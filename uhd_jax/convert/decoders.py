@@ -109,7 +109,9 @@ def decoder_config(text: Mapping[str, Any]) -> DecoderConfig:
     _require(text, "mlp_bias", False)
     _require(text, "use_sliding_window", False)
     _require(text, "attn_output_gate", True)
-    _require(rope, "rope_type", "default")
+    for found in (text.get("rope_parameters") or {}, text.get("rope_scaling") or {}):
+        _require(found, "rope_type", "default")
+        _require(found, "type", "default")  # its older name
     _require(rope, "mrope_interleaved", True)
     if list(types) != _layer_types(layers, interval):
         raise ConvertError(
