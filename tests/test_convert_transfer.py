@@ -247,12 +247,52 @@ def test_destinations_that_are_refused(checkpoint, tmp_path):
     load_model(imported(checkpoint, tmp_path / "empty"))
 
 
-def test_too_small_a_disk_is_known_before(checkpoint, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**18))
+@pytest.mark.parametrize("dtype", ["as-is", "float32"])
+def test_too_small_a_disk_is_known_before(checkpoint, tmp_path, monkeypatch, dtype):
+    usage, asked = shutil.disk_usage(tmp_path), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage._replace(free=2**18))
+    (tmp_path / "made").mkdir()
     with pytest.raises(ConvertError, match="made needs 0 MiB, only 0 MiB are free there"):
-        imported(checkpoint, tmp_path / "made", "as-is")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+        imported(checkpoint, tmp_path / "made", dtype)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source"]
+    assert asked == [tmp_path]  # where `.made.partial` would be
+
+
+def test_a_link_is_followed(checkpoint, tmp_path):
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    for name in ("real", "new"):
+        (tmp_path / f"link to {name}").symlink_to(tmp_path / "disk" / name)
+        load_model(imported(checkpoint, tmp_path / f"link to {name}"))
+        assert (tmp_path / f"link to {name}").is_symlink() and (tmp_path / "disk" / name / "model.json").is_file()
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["new", "real"]
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(ConvertError, match="cannot write .*circle"):
+        imported(checkpoint, tmp_path / "circle")
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_at_once(tmp_path, monkeypatch):
+    made = tmp_path / "made"
+    made.mkdir()
+    monkeypatch.chdir(made)
+    for name in (".", made, "../made"):
+        with pytest.raises(ConvertError, match="made is the current folder and cannot be replaced; choose a new"):
+            with whole_folder(name):
+                pytest.fail("begins")
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("os.path.ismount", lambda path: Path(path) == made)
+        with pytest.raises(ConvertError, match="made is a mount point and cannot be replaced; choose a new folder in"):
+            with whole_folder(made):
+                pytest.fail("begins")
+    lines = b"36 35 98:0 / %b rw - ext3 /dev/root rw\n" % bytes(tmp_path / "a disk").replace(b" ", rb"\040")
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: lines if path.name == "mountinfo" else read(path))
+    with pytest.raises(ConvertError, match="a disk is a mount point"):
+        with whole_folder(tmp_path / "a disk"):
+            pytest.fail("begins")
+    with whole_folder(made):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_two_at_once(tmp_path):
@@ -384,6 +424,7 @@ def test_a_full_disk(checkpoint, tmp_path):
     done = child(code, checkpoint, tmp_path / "made")
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and "cannot write" in last and "MiB free there" in last and "File too large" in last
+    assert "ulimit" in last and "permission" not in last and ".partial" not in last
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import math
+import os
 import shutil
 import tempfile
 from collections import Counter
@@ -13,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from uhd_jax.checkpoint import SavedModel, Streamed, save_model
+from uhd_jax.checkpoint import CheckpointError, SavedModel, Streamed, save_model
 from uhd_jax.config import ModelConfig
 from uhd_jax.convert import sentencepiece
 from uhd_jax.convert.families import FAMILIES, Dropped, Family, drops, family_named, find_family, select
@@ -23,6 +26,7 @@ from uhd_jax.convert.tensors import DTYPES
 from uhd_jax.convert.writer import Item, whole_folder, write_safetensors
 
 WHOLE = {"tower", "connector", "decoder"}  # parts of a model that can answer
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, somebody's share of it, a file
 AS_IS = "as-is"
 STORED = {AS_IS: None, "float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"]}
 TOKENIZER_FILES = (
@@ -114,11 +118,15 @@ def import_model(
         )
     moves, read = found.moves(source), _counting(source, progress)
     params = {move.path: _streamed(move, read, STORED[dtype]) for move in moves}
-    plain = sum(one.nbytes for one in params.values() if not one.compress)
-    with whole_folder(destination, source.folder, plain) as folder:
+    with whole_folder(destination, source.folder, _on_disk(moves, params)) as folder:
         tokenizer = _copy_tokenizer(source.folder, folder / "tokenizer")
         chat = dataclasses.replace(found.config.chat, tokenizer="tokenizer") if tokenizer else found.config.chat
-        save_model(folder, unflatten(params), dataclasses.replace(found.config, chat=chat))
+        try:
+            save_model(folder, unflatten(params), dataclasses.replace(found.config, chat=chat))
+        except CheckpointError as error:
+            if code := next((code for code in FULL if str(error).endswith(os.strerror(code))), None):
+                raise OSError(code, os.strerror(code)) from error  # in the words of `whole_folder`
+            raise
 
 
 def load_params(source: Source, found: Recognised, target: Any, progress: Progress = lambda nbytes: None) -> Any:
@@ -257,6 +265,16 @@ def _streamed(move: Move, read: Callable[[str], np.ndarray], dtype: np.dtype | N
     dtype = dtype or move.dtype
     compress = dtype.itemsize > move.dtype.itemsize
     return Streamed(move.shape, dtype, move.block_shape(dtype), lambda: move.blocks(read, dtype), compress)
+
+
+def _on_disk(moves: list[Move], params: Mapping[str, Streamed]) -> int:
+    """Bytes that the parameters take at least: compressed ones about those of the source, a little less."""
+    return sum(
+        math.prod(move.shape) * move.dtype.itemsize * 9 // 10
+        if params[move.path].compress
+        else params[move.path].nbytes
+        for move in moves
+    )
 
 
 def _counting(source: Source, progress: Progress) -> Callable[[str], np.ndarray]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -91,25 +93,32 @@ def whole_folder(destination: str | Path, source: str | Path | None = None, nbyt
     """Yields a new folder that becomes `destination` at the end: a result is whole or not there, never half.
 
     It lies beside its destination as `.NAME.partial`. An error removes it; one that a killed process has left is
-    removed by the next.
+    removed by the next. Links are followed.
 
     Args:
-      destination: absent, or an empty folder.
+      destination: absent, or an empty folder that can be replaced: not the current one, and no mount point.
       source: a folder that must not be written into.
       nbytes: that will be written at least.
 
     Raises:
-      ConvertError: the destination holds something, lies in the source, or is being written by another process; or the
-        disk refuses.
+      ConvertError: the destination holds something, cannot be replaced, lies in the source, or is being written by
+        another process; or the disk refuses.
     """
-    destination = Path(destination).absolute()
-    if source is not None and Path(source).resolve() in (destination.resolve(), *destination.resolve().parents):
+    try:
+        destination = Path(destination).resolve()
+    except (OSError, RuntimeError) as error:  # a circle of links
+        raise ConvertError(f"cannot write {destination}: {error}") from None
+    if source is not None and Path(source).resolve() in (destination, *destination.parents):
         raise ConvertError(f"{destination} lies in {source}, which is only read; choose another folder")
     if destination.is_dir() and any(destination.iterdir()):
         raise ConvertError(f"{destination} is not empty; choose a new folder, or empty it")
     if destination.exists() and not destination.is_dir():
         raise ConvertError(f"{destination} is a file; choose a new folder")
-    if (free := _free(destination)) < nbytes:
+    if _is_mount(destination):
+        raise ConvertError(f"{destination} is a mount point and cannot be replaced; choose a new folder in it")
+    if destination.exists() and destination.samefile("."):
+        raise ConvertError(f"{destination} is the current folder and cannot be replaced; choose a new folder in it")
+    if (free := _free(destination.parent)) < nbytes:
         raise ConvertError(f"{destination} needs {nbytes / 2**20:.0f} MiB, only {free / 2**20:.0f} MiB are free there")
     partial = destination.with_name(f".{destination.name}.partial")
     try:
@@ -121,8 +130,10 @@ def whole_folder(destination: str | Path, source: str | Path | None = None, nbyt
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
     except OSError as error:
+        limited = "; the file system, or ulimit -f, limits the size of a file" if error.errno == errno.EFBIG else ""
         raise ConvertError(
-            f"cannot write {destination}: {error.strerror or error} ({_free(destination) / 2**20:.0f} MiB free there)"
+            f"cannot write {destination}: {error.strerror or error}{limited} "
+            f"({_free(destination.parent) / 2**20:.0f} MiB free there, what was written is removed)"
         ) from error
 
 
@@ -145,6 +156,22 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _is_mount(folder: Path) -> bool:
+    """Whether a file system is mounted there; or a folder of the same one, which only the kernel's list tells."""
+    if os.path.ismount(folder):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    # Spaces and the like are octal there.
+    return any(os.fsencode(folder) == re.sub(rb"\\(\d{3})", _octal, line.split(b" ")[4]) for line in lines)
+
+
+def _octal(match: re.Match[bytes]) -> bytes:
+    return bytes([int(match[1], 8)])
 
 
 def _free(path: Path) -> int:
