@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("--image", action="append", default=[], metavar="F", help="an image file; may be repeated")
     verify.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a question; may be repeated")
     for one in (inspect, to_import, combine):
-        one.add_argument("--allow-pickle", action="store_true", help="also read .bin, .pt and .ckpt files; needs torch")
+        one.add_argument("--allow-pickle", action="store_true", help="also read .bin, .pt, .pth and .ckpt; needs torch")
 
 
 def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:

@@ -1,4 +1,4 @@
-"""Pickled weights (.bin, .pt, .ckpt) to safetensors, in a process of its own that does nothing else.
+"""Pickled weights (.bin, .pt, .pth, .ckpt) to safetensors, in a process of its own that does nothing else.
 
   python -m uhd_jax.convert.pickles FILE FOLDER
 
@@ -9,11 +9,14 @@ where the package itself needs torch.
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import numpy as np
@@ -70,8 +73,7 @@ def _main(file: Path, folder: Path) -> None:
         # Older files are one stream, which cannot be mapped.
         value = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # of whatever kind a damaged pickle leads to
-        line = next(iter(str(error).strip().splitlines()), "")
-        raise ConvertError(f"torch.load(weights_only=True) refuses it: {type(error).__name__}: {line[:300]}") from None
+        raise ConvertError(f"torch.load(weights_only=True) refuses it: {_reason(error)}") from None
     tensors, beside = tensors_of(value)
     if beside:
         print(f"left out of {file.name}: {', '.join(beside)}", file=sys.stderr)
@@ -89,7 +91,24 @@ def _main(file: Path, folder: Path) -> None:
         if kind not in known or tensor.layout != torch.strided:
             raise ConvertError(f"{name} is {kind}, {tensor.layout}; known are dense tensors of {', '.join(known)}")
         items.append((name, TensorInfo(tuple(tensor.shape), known[kind], file), lambda tensor=tensor: as_numpy(tensor)))
-    write_safetensors(folder, items)
+    needed, free = sum(math.prod(info.shape) * info.dtype.itemsize for _, info, _ in items), disk_usage(folder).free
+    full = f"its tensors need {needed / 2**20:.1f} MiB in {folder.parent}; set TMPDIR to a folder with more room"
+    if free < needed:
+        raise ConvertError(f"{full} ({free / 2**20:.1f} MiB are free there)")
+    try:
+        write_safetensors(folder, items)
+    except OSError as error:
+        raise ConvertError(f"{full} ({error.strerror or error})") from None
+
+
+def _reason(error: Exception) -> str:
+    """What torch.load stumbled over, without its advice to read the file all the same."""
+    text = str(error)
+    if found := re.search(r"GLOBAL (\S+)", text):
+        return f"it names {found[1]}, which is no tensor and could run a program; get a file of tensors alone"
+    lines = [line.strip() for line in text.splitlines()]
+    said = [line for line in lines if line and not re.search(r"weights_only|safe_globals|torch\.load", line)]
+    return f"{type(error).__name__}: {said[0][:300] if said else 'the file is damaged'}"
 
 
 if __name__ == "__main__":

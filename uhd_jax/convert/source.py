@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ import numpy as np
 from uhd_jax.convert.tables import ConvertError, not_finite
 from uhd_jax.convert.tensors import DTYPES, INDEX, TensorInfo
 
-PICKLES = (".bin", ".pt", ".ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
 
@@ -88,7 +89,7 @@ def open_source(path: str | Path, allow_pickle: bool = False) -> Source:
 
     Args:
       path: a folder or file.
-      allow_pickle: where there is no safetensors file, unpickle `*.bin`, `*.pt` or `*.ckpt` (`convert/pickles.py`).
+      allow_pickle: where there is no safetensors file, unpickle `*.bin`, `*.pt`, `*.pth` or `*.ckpt`.
 
     Raises:
       ConvertError: nothing to read; a file that is missing, truncated or contradicts itself or the index; pickles.
@@ -143,6 +144,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         length = int.from_bytes(start, "little")
         if start == b"version ":
             raise ConvertError(f"{file} is a Git LFS pointer, not the weights: run git lfs pull, or download the file")
+        if length > size - 8 and re.match(rb"PK\x03\x04|\x80[\x02-\x05]", start):
+            raise ConvertError(
+                f"{file}: this is a pickle, no safetensors file; name it {file.stem}.bin to have it read"
+            )
         if len(start) < 8 or length > min(size - 8, MAX_HEADER):
             raise ConvertError(f"{file} ({size} bytes) is truncated or no safetensors file: download it again")
         text = opened.read(length)
@@ -262,6 +267,9 @@ def _pickle_files(folder: Path) -> list[Path]:
 
 
 def _unpickled(path: Path, files: list[Path], allow_pickle: bool) -> Source:
+    for file in files:
+        if not file.stat().st_size:
+            raise ConvertError(f"{file} is empty: download it again")
     if not allow_pickle:
         raise ConvertError(
             f"{files[0]} is a pickle, which can run any program when it is read. If you trust where it comes from, add "
@@ -269,7 +277,13 @@ def _unpickled(path: Path, files: list[Path], allow_pickle: bool) -> Source:
         )
     from uhd_jax.convert import pickles
 
-    scratch = tempfile.TemporaryDirectory(prefix="uhd-jax-")
+    base = os.environ.get("TMPDIR") or tempfile.gettempdir()  # which would go elsewhere where TMPDIR is full
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix="uhd-jax-", dir=base)
+    except OSError as error:
+        raise ConvertError(
+            f"cannot unpickle {path} into {base}: {error.strerror}; set TMPDIR to another folder"
+        ) from None
     try:
         made = [pickles.to_safetensors(file, Path(scratch.name) / f"{i}") for i, file in enumerate(files)]
         return Source(path, _headers(file for group in made for file in group), scratch)
