@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uhd_jax.config import DecoderConfig, ModelConfig
+from uhd_jax.config import ConfigError, DecoderConfig, ModelConfig
+from uhd_jax.convert.fields import check_types, in_their_words
 from uhd_jax.convert.tables import ConvertError, Entry
 
 if TYPE_CHECKING:
@@ -52,6 +54,23 @@ class Family:
     write_files: Callable[[ModelConfig, Path | None, Path], None] | None = None
     filled: Callable[[ModelConfig], Shapes] = lambda config: {}
 
+    def __post_init__(self):
+        object.__setattr__(self, "config", functools.partial(_read, self.config, self.name, self.parts))
+
+
+def _read(config: Callable[[Source], ModelConfig], name: str, parts: tuple[str, ...], source: Source) -> ModelConfig:
+    """A family's `config`: whatever a file may hold, the only error is a ConvertError that names it."""
+    path = source.folder / "config.json"
+    try:
+        check_types(settings(source), parts, len(source.tensors), path)
+        return config(source)
+    except ConfigError as error:
+        raise in_their_words(error, path) from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, ConvertError):
+            raise
+        raise ConvertError(f"{path}: a value that {name} cannot have: {type(error).__name__}: {error}") from error
+
 
 def drops(dropped: Sequence[Dropped]) -> Callable[[str], bool]:
     """Whether a tensor's name is left out on purpose, as `tables.import_tensors` asks for it."""
@@ -72,8 +91,16 @@ def select(tree: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
 
 
 def settings(source: Source) -> Mapping[str, Any]:
-    """The checkpoint's config.json; empty where it has none."""
-    return source.json("config.json") if source.has("config.json") else {}
+    """The checkpoint's config.json; empty where it has none.
+
+    Raises:
+      ConvertError: what tells families apart is not a string.
+    """
+    config = source.json("config.json") if source.has("config.json") else {}
+    for key in ("model_type", "mm_projector_type", "feature_mode", "model_mode"):
+        if not isinstance(config.get(key), str | None):
+            raise ConvertError(f"{source.folder / 'config.json'}: {key}: {config[key]!r} is not a string")
+    return config
 
 
 def dtype_of(config: Mapping[str, Any]) -> str:

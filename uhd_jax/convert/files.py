@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from uhd_jax.config import ModelConfig
+from uhd_jax.convert.tables import ConvertError
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -21,12 +22,24 @@ def write_json(path: Path, fields: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def added_tokens(content: Mapping[str, Any], path: Path) -> dict[str, int]:
+    """Texts and ids of the marks in a tokenizer.json.
+
+    Raises:
+      ConvertError: they are not listed as tokenizers lists them.
+    """
+    try:
+        return {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+    except (KeyError, TypeError):
+        raise ConvertError(f"{path}: added_tokens is not a list of objects with content and id") from None
+
+
 def token_ids(tokenizer: Path | None, config: ModelConfig) -> dict[str, int]:
     """`bos_token_id`, `eos_token_id` and `pad_token_id` as far as the tokenizer in a folder has them."""
     if tokenizer is None:
         return {}
-    content = read_json(tokenizer / "tokenizer.json")
-    ids = {token["content"]: token["id"] for token in content["added_tokens"]}
+    path = tokenizer / "tokenizer.json"
+    ids = added_tokens(read_json(path), path)
     marks = {"bos": config.chat.bos, "eos": config.chat.turn_end, "pad": config.chat.padding}
     return {f"{name}_token_id": ids[mark] for name, mark in marks.items() if mark in ids}
 

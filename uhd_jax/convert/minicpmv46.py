@@ -22,6 +22,7 @@ from uhd_jax.config import (
 from uhd_jax.convert import minicpmv
 from uhd_jax.convert.decoder_families import config_of, text_dropped
 from uhd_jax.convert.family import Dropped, Family, dtype_of, settings
+from uhd_jax.convert.files import added_tokens
 from uhd_jax.convert.minicpmv46_files import (
     CHAT_MARKS,
     IMAGE_FILE,
@@ -123,7 +124,7 @@ class _Fields:
     def __init__(
         self, source: Source, file: str, values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = ""
     ):
-        self.values = dict(defaults) | dict(values)
+        self.values, self._defaults = dict(defaults) | dict(values), defaults
         self._path, self._prefix = source.folder / file, prefix
 
     def get(self, key: str) -> Any:
@@ -134,6 +135,11 @@ class _Fields:
         value = self.values[key]
         if not isinstance(value, int | float | str):
             raise self.wrong(key, f"{value!r} is not a single value")
+        kind = type(self._defaults[key])
+        if not isinstance(value, (int, float) if kind is float else kind) or (
+            kind is not bool and isinstance(value, bool)
+        ):
+            raise self.wrong(key, f"{value!r} is not of type {kind.__name__}")
         return value
 
     def wrong(self, key: str, what: str) -> ConvertError:
@@ -143,7 +149,7 @@ class _Fields:
         """Raises ConvertError unless the value is the only one that is supported."""
         found = self.values[key]
         plain = tuple(found) if isinstance(found, list) else found
-        close = isinstance(plain, float) and abs(plain - only) < 1e-9
+        close = isinstance(plain, float) and isinstance(only, float) and abs(plain - only) < 1e-9
         if plain != only and not close:
             raise self.wrong(key, f"{found!r} is not supported; it must be {only!r}")
 
@@ -182,7 +188,7 @@ def _chat(source: Source, config: _Fields, use_image_id: bool) -> ChatConfig:
     marks = {ours: _content(names[theirs]) for ours, theirs in CHAT_MARKS.items() if names.get(theirs)}
     template = "jinja" if source.has(TEMPLATE_FILE) or names.get("chat_template") else "chatml"
     chat = ChatConfig(template, tokenizer=str(source.folder), use_image_id=use_image_id, **marks)
-    added = {token["content"]: token["id"] for token in source.json("tokenizer.json").get("added_tokens", ())}
+    added = added_tokens(source.json("tokenizer.json"), source.folder / "tokenizer.json")
     for key, mark in (("image_token_id", chat.placeholder), ("video_token_id", chat.video_placeholder)):
         if config.get(key) is not None and added.get(mark) != config.get(key):
             raise config.wrong(key, f"{config.get(key)} is not the id of {mark!r} in tokenizer.json, {added.get(mark)}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from uhd_jax.config import ChatConfig, ModelConfig
 from uhd_jax.convert.decoders import text_config
-from uhd_jax.convert.files import read_json, write_json, write_tokenizer
+from uhd_jax.convert.files import added_tokens, read_json, write_json, write_tokenizer
 from uhd_jax.convert.tables import ConvertError
 
 IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE = (
@@ -48,7 +48,7 @@ def write_files(config: ModelConfig, tokenizer: Path | None, folder: Path) -> No
         raise ConvertError(
             "an export in MiniCPM-V 4.6's layout needs the model's tokenizer: a folder with tokenizer.json"
         )
-    added = {token["content"]: token["id"] for token in read_json(tokenizer / "tokenizer.json")["added_tokens"]}
+    added = added_tokens(read_json(tokenizer / "tokenizer.json"), tokenizer / "tokenizer.json")
     chat = config.chat
     if chat.placeholder not in added:
         raise ConvertError(

@@ -1,0 +1,119 @@
+"""Types of what is read from a foreign config.json, and our own complaints in the words of that file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from uhd_jax.config import ConfigError
+from uhd_jax.convert.tables import ConvertError
+
+_NUMBER = (int, float)
+_OBJECT, _LIST, _STRING = (Mapping,), (list,), (str,)
+_POSITIVE = "a whole number of at least 1"
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_TEXT: dict[str, Any] = {
+    **dict.fromkeys((*_SIZES, "vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings"), _POSITIVE),
+    **dict.fromkeys((f"linear_num_{part}_heads" for part in ("key", "value")), _POSITIVE),
+    **dict.fromkeys((f"linear_{part}_head_dim" for part in ("key", "value")), _POSITIVE),
+    **dict.fromkeys(("linear_conv_kernel_dim", "full_attention_interval"), _POSITIVE),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", "partial_rotary_factor"), _NUMBER),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), _OBJECT),
+    "layer_types": _LIST,
+    "model_type": _STRING,
+}
+_VISION: dict[str, Any] = {
+    **dict.fromkeys((*_SIZES, "patch_size", "image_size", "num_patches", "num_channels"), _POSITIVE),
+    **dict.fromkeys(("init_pos_emb_height", "init_pos_emb_width"), _POSITIVE),
+    "layer_norm_eps": _NUMBER,
+    "hidden_act": _STRING,
+}
+_TOP: dict[str, Any] = {
+    **dict.fromkeys(("text_config", "llm_config", "vision_config", "slice_config"), _OBJECT),
+    **dict.fromkeys(("mm_vision_select_layer", "feature_scale_mask", "insert_layer_id", "merger_times"), (int,)),
+    "mm_vision_select_feature": _STRING,
+}
+# null means the same as no such key
+_NULLABLE = {"num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta", "partial_rotary_factor"}
+_NULLABLE |= {"rope_parameters", "rope_scaling", "layer_types", "text_config", "llm_config", "slice_config"}
+_NULLABLE |= {"mm_vision_select_feature"}
+_FEW = 1000  # layers, of which a list does no harm, whatever the tensors are
+_WORDS = {_NUMBER: "a number", _OBJECT: "an object", _LIST: "a list", _STRING: "a string", (int,): "a whole number"}
+
+# Our fields that stand for one of config.json, in our checks' messages.
+_THEIRS = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "mlp_width": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "rotary_dim": "partial_rotary_factor times head_dim",
+    "mrope_sections": "rope_parameters.mrope_section",
+    "full_attention_interval": "full_attention_interval (or the one that layer_types make)",
+    "delta_key_heads": "linear_num_key_heads",
+    "delta_value_heads": "linear_num_value_heads",
+    "delta_key_dim": "linear_key_head_dim",
+    "delta_value_dim": "linear_value_head_dim",
+    "delta_conv": "linear_conv_kernel_dim",
+    "table_side": "image_size in patches",
+    "rounds": "merger_times",
+    "skipped_layers": "mm_vision_select_layer",
+    "compressor.after_layer": "insert_layer_id",
+    "max_slices": "max_slice_nums",
+    "max_frames": "max_num_frames",
+}
+
+
+def check_types(config: Mapping[str, Any], parts: tuple[str, ...], tensors: int, path: Path) -> None:
+    """Refuses values that the families' functions could not read.
+
+    Args:
+      config: the whole of config.json.
+      parts: what the family fills; of the others it reads nothing.
+      tensors: in the checkpoint; many more layers are refused before lists are made of their number.
+      path: the file, for messages.
+
+    Raises:
+      ConvertError: a wrong type, or a size below 1; names file, key and value.
+    """
+    _check(config, _TOP, "", path)
+    for prefix, values, kinds in _objects(config, parts):
+        _check(values, kinds, prefix, path)
+        layers = values.get("num_hidden_layers")
+        if layers is not None and layers > max(tensors, _FEW):
+            raise ConvertError(f"{path}: {prefix}num_hidden_layers: {layers}, but there are only {tensors} tensors")
+
+
+def _objects(config: Mapping[str, Any], parts: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
+    """The objects that hold sizes of the parts: their prefix in messages, their values, the kinds of these."""
+    if "decoder" in parts:
+        name = next((name for name in ("text_config", "llm_config") if config.get(name)), None)
+        yield (f"{name}.", config[name], _TEXT) if name else ("", config, _TEXT)
+    if "tower" in parts:
+        if "vision_config" in config:
+            yield "vision_config.", config["vision_config"], _VISION
+        elif "decoder" not in parts:
+            yield "", config, _VISION
+
+
+def _check(values: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str, path: Path) -> None:
+    for key, kind in kinds.items():
+        value = values.get(key)
+        if key not in values or (value is None and key in _NULLABLE):
+            continue
+        types = (int,) if kind is _POSITIVE else kind
+        fits = isinstance(value, types) and not isinstance(value, bool)
+        if not fits or (kind is _POSITIVE and value < 1):
+            wanted = kind if kind is _POSITIVE else _WORDS[kind]
+            raise ConvertError(f"{path}: {prefix}{key}: {value!r} is not {wanted}")
+
+
+def in_their_words(error: ConfigError, path: Path) -> ConvertError:
+    """A complaint of our configuration about values of a checkpoint, by the checkpoint's own keys."""
+    key, _, message = str(error).partition(": ")
+    names = "|".join(sorted((name for name in _THEIRS if "." not in name), key=len, reverse=True))
+    message = re.sub(rf"\b({names}) (?=-?\d)", lambda found: f"{_THEIRS[found[1]]} ", message)
+    return ConvertError(f"{path}: {_THEIRS.get(key) or _THEIRS.get(key.rpartition('.')[2], key)}: {message}")
