@@ -119,6 +119,16 @@ def test_a_config_is_for_combine(config_file, checkpoint, capsys):
     assert_one_line(err, "--config is for combine alone")
 
 
+def test_the_current_folder_stays(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    status, out, err = call(capsys, "convert", "import", checkpoint, ".")
+    assert status == 1 and "tokenizer" not in out
+    assert_one_line(err, "here is the current folder and cannot be replaced; choose a new folder in it")
+    status, out, _ = call(capsys, "convert", "import", checkpoint, "made")
+    assert status == 0 and "no tokenizer" not in out and Path("made", "tokenizer", "tokenizer.json").is_file()
+
+
 def test_pickles_need_leave(tmp_path, capsys):
     (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
     status, _, err = call(capsys, "convert", "inspect", str(tmp_path))

@@ -295,6 +295,19 @@ def test_a_folder_that_cannot_be_replaced_is_refused_at_once(tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
+def test_only_what_is_full_is_said_in_other_words(tmp_path):
+    full = CheckpointError("cannot write. Mend the folder's permissions. Cause: No space left on device")
+    for error, words in {
+        full: "made: No space left on device",
+        CheckpointError("Cause: other"): "Cause: other",
+    }.items():
+        with pytest.raises((ConvertError, CheckpointError), match=words) as raised:
+            with whole_folder(tmp_path / "made"):
+                raise error
+        assert "permissions" not in str(raised.value)
+    assert not any(tmp_path.iterdir())
+
+
 def test_two_at_once(tmp_path):
     with whole_folder(tmp_path / "made") as folder:
         (folder / "file").write_text("first")

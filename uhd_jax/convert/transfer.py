@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import math
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -16,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from uhd_jax.checkpoint import CheckpointError, SavedModel, Streamed, save_model
+from uhd_jax.checkpoint import SavedModel, Streamed, save_model
 from uhd_jax.config import ModelConfig
 from uhd_jax.convert import sentencepiece
 from uhd_jax.convert.families import FAMILIES, Dropped, Family, drops, family_named, find_family, select
@@ -26,7 +24,6 @@ from uhd_jax.convert.tensors import DTYPES
 from uhd_jax.convert.writer import Item, whole_folder, write_safetensors
 
 WHOLE = {"tower", "connector", "decoder"}  # parts of a model that can answer
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, somebody's share of it, a file
 AS_IS = "as-is"
 STORED = {AS_IS: None, "float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"]}
 TOKENIZER_FILES = (
@@ -121,12 +118,7 @@ def import_model(
     with whole_folder(destination, source.folder, _on_disk(moves, params)) as folder:
         tokenizer = _copy_tokenizer(source.folder, folder / "tokenizer")
         chat = dataclasses.replace(found.config.chat, tokenizer="tokenizer") if tokenizer else found.config.chat
-        try:
-            save_model(folder, unflatten(params), dataclasses.replace(found.config, chat=chat))
-        except CheckpointError as error:
-            if code := next((code for code in FULL if str(error).endswith(os.strerror(code))), None):
-                raise OSError(code, os.strerror(code)) from error  # in the words of `whole_folder`
-            raise
+        save_model(folder, unflatten(params), dataclasses.replace(found.config, chat=chat))
 
 
 def load_params(source: Source, found: Recognised, target: Any, progress: Progress = lambda nbytes: None) -> Any:

@@ -129,10 +129,14 @@ def whole_folder(destination: str | Path, source: str | Path | None = None, nbyt
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-    except OSError as error:
-        limited = "; the file system, or ulimit -f, limits the size of a file" if error.errno == errno.EFBIG else ""
+    except (OSError, RuntimeError) as error:  # a CheckpointError is the latter; Orbax is slow to import
+        code = error.errno if isinstance(error, OSError) else _full(error)
+        if not isinstance(error, OSError) and code is None:
+            raise
+        said = os.strerror(code) if code else error
+        limited = "; the file system, or ulimit -f, limits the size of a file" if code == errno.EFBIG else ""
         raise ConvertError(
-            f"cannot write {destination}: {error.strerror or error}{limited} "
+            f"cannot write {destination}: {said}{limited} "
             f"({_free(destination.parent) / 2**20:.0f} MiB free there, what was written is removed)"
         ) from error
 
@@ -156,6 +160,12 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _full(error: RuntimeError) -> int | None:
+    """The system's number where a model could not be saved since the disk, a share of it or a file was full."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return next((code for code in codes if str(error).endswith(os.strerror(code))), None)
 
 
 def _is_mount(folder: Path) -> bool:
