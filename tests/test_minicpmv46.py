@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -62,12 +63,23 @@ def tolerance(model) -> float:
     return TOLERANCE[model.config.text_config.model_type]
 
 
-def test_logits_at_every_position(case):
+def test_logits_at_every_position(case, monkeypatch):
     _, theirs, ours, prepared = case
-    logits = ours.logits(prepared.token_ids, PICTURES)
+    single = ours.logits(prepared.token_ids, PICTURES)
     expected = torch_logits(theirs, prepared, ours.config)
-    assert logits.shape == expected.shape and expected.std() > 0.5
-    np.testing.assert_allclose(logits, expected, atol=tolerance(theirs), rtol=0)
+    assert single.shape == expected.shape and expected.std() > 0.5
+    error = np.abs(single - expected).max(axis=-1)
+    assert np.quantile(error, 0.95) < tolerance(theirs) / 2
+    if theirs.config.text_config.model_type == "qwen3":
+        assert error.max() < tolerance(theirs)
+        return
+    # The gated norm magnifies rounding at single positions, so all of them are compared in float64.
+    expected = torch_logits(copy.deepcopy(theirs).double(), prepared, ours.config)
+    monkeypatch.setattr(jnp, "float32", jnp.float64)
+    with jax.enable_x64(True):
+        config = dataclasses.replace(ours.config, dtype="float64")
+        double = Assistant(config, ours.params, ours.tokenizer).logits(prepared.token_ids, PICTURES)
+    np.testing.assert_allclose(double, expected, atol=tolerance(theirs), rtol=0)
 
 
 def test_greedy_answers_are_the_likeliest_tokens_there(case):
@@ -88,7 +100,7 @@ def test_greedy_answers_are_the_likeliest_tokens_there(case):
 
 
 def test_an_export_is_what_transformers_loads(case, tmp_path):
-    folder, theirs, ours, prepared = case
+    _, theirs, ours, prepared = case
     MINICPM_V_4_6.write_files(ours.config, copy_tokenizer(tmp_path / "tokenizer"), tmp_path)
     tensors = export_tensors(MINICPM_V_4_6.table(ours.config), jax.tree.map(np.asarray, ours.params))
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
