@@ -59,6 +59,11 @@ WRONG = [
     (CLIP | {"vision_config": None}, "vision_config: None is not an object"),
     (CLIP | {"vision_config": CLIP | {"hidden_size": "x"}}, "vision_config.hidden_size: 'x' is not"),
     (LLAVA | {"mm_vision_select_layer": "x"}, "mm_vision_select_layer: 'x' is not a whole number"),
+    (LLAVA | {"mm_vision_select_layer": 22}, "mm_vision_select_layer: 22 is not from -3 to -1"),
+    (LLAVA | {"mm_vision_select_layer": -4}, "mm_vision_select_layer: -4 is not from -3 to -1"),
+    (LLAVA | {"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature: 'cls_patch' is not supported"),
+    (LLAVA | {"drop_vision_last_layer": True}, "drop_vision_last_layer: True is not supported; it must be False"),
+    (CLIP | {"num_channels": 1}, "num_channels: 1 is not supported; it must be 3"),
     (V2 | {"feature_scale_mask": "7"}, "feature_scale_mask: '7' is not a whole number"),
     (V2 | {"feature_scale_mask": 99}, "feature_scale_mask: "),
 ]

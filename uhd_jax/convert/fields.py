@@ -34,13 +34,23 @@ _TOP: dict[str, Any] = {
     **dict.fromkeys(("text_config", "llm_config", "vision_config", "slice_config"), _OBJECT),
     **dict.fromkeys(("mm_vision_select_layer", "feature_scale_mask", "insert_layer_id", "merger_times"), (int,)),
     "mm_vision_select_feature": _STRING,
+    "drop_vision_last_layer": (bool,),
 }
+# Of these one value is supported, which is also meant where there is no such key.
+_ONLY = {"num_channels": 3, "mm_vision_select_feature": "patch", "drop_vision_last_layer": False}
 # null means the same as no such key
 _NULLABLE = {"num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta", "partial_rotary_factor"}
 _NULLABLE |= {"rope_parameters", "rope_scaling", "layer_types", "text_config", "llm_config", "slice_config"}
-_NULLABLE |= {"mm_vision_select_feature"}
+_NULLABLE |= {"mm_vision_select_feature", "drop_vision_last_layer"}
 _FEW = 1000  # layers, of which a list does no harm, whatever the tensors are
-_WORDS = {_NUMBER: "a number", _OBJECT: "an object", _LIST: "a list", _STRING: "a string", (int,): "a whole number"}
+_WORDS = {
+    _NUMBER: "a number",
+    _OBJECT: "an object",
+    _LIST: "a list",
+    _STRING: "a string",
+    (int,): "a whole number",
+    (bool,): "true or false",
+}
 
 # Our fields that stand for one of config.json, in our checks' messages.
 _THEIRS = {
@@ -77,7 +87,7 @@ def check_types(config: Mapping[str, Any], parts: tuple[str, ...], tensors: int,
       path: the file, for messages.
 
     Raises:
-      ConvertError: a wrong type, or a size below 1; names file, key and value.
+      ConvertError: a wrong type, a size below 1, or a way of computing that is not ours; names file, key and value.
     """
     _check(config, _TOP, "", path)
     for prefix, values, kinds in _objects(config, parts):
@@ -105,10 +115,13 @@ def _check(values: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str, pat
         if key not in values or (value is None and key in _NULLABLE):
             continue
         types = (int,) if kind is _POSITIVE else kind
-        fits = isinstance(value, types) and not isinstance(value, bool)
+        fits = isinstance(value, types) and isinstance(value, bool) == (kind == (bool,))
         if not fits or (kind is _POSITIVE and value < 1):
             wanted = kind if kind is _POSITIVE else _WORDS[kind]
             raise ConvertError(f"{path}: {prefix}{key}: {value!r} is not {wanted}")
+    for key in _ONLY.keys() & kinds.keys():
+        if values.get(key) not in (None, _ONLY[key]):
+            raise ConvertError(f"{path}: {prefix}{key}: {values[key]!r} is not supported; it must be {_ONLY[key]!r}")
 
 
 def in_their_words(error: ConfigError, path: Path) -> ConvertError:

@@ -74,16 +74,22 @@ def _tower(config: Mapping[str, Any], source: Source) -> TowerConfig:
             "LLaVA-UHD v1 and v2"
         )
     width = shape_of(source, f"{TOWER}embeddings.class_embedding")[0]
+    layers, select = count_of(source, f"{TOWER}encoder.layers."), config.get("mm_vision_select_layer", -2)
+    if not -layers <= select <= -1:
+        raise ConvertError(
+            f"{source.folder / 'config.json'}: mm_vision_select_layer: {select} is not from {-layers} to -1, the "
+            f"outputs of the tower's {layers} layers counted from the last"
+        )
     return TowerConfig(
         kind="clip",
         width=width,
         mlp_width=shape_of(source, f"{TOWER}encoder.layers.0.mlp.fc1.weight")[0],
-        layers=count_of(source, f"{TOWER}encoder.layers."),
+        layers=layers,
         heads=max(1, width // 64),
         patch_size=shape_of(source, f"{TOWER}embeddings.patch_embedding.weight")[-1],
         table_side=math.isqrt(shape_of(source, f"{TOWER}embeddings.position_embedding.weight")[0] - 1),
         norm_eps=1e-5,
-        skipped_layers=-1 - config.get("mm_vision_select_layer", -2),
+        skipped_layers=-1 - select,
     )
 
 
