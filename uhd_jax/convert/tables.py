@@ -155,16 +155,16 @@ class Move:
         """Ours in pieces of `block_shape`, each with its place; one tensor of theirs is held at a time."""
         shape, dtype = self.block_shape(dtype, limit), np.dtype(dtype or self.dtype)
         if not self.entry.stacked or shape[0] == 1:
-            for number, (name, layer) in enumerate(zip(self.names, self.layers(read), strict=True)):
+            for number, layer in enumerate(self.layers(read)):
                 lead = (slice(number, number + 1),) if self.entry.stacked else ()
                 for start in range(0, layer.shape[0], shape[len(lead)]) if layer.ndim else (None,):
                     place = () if start is None else (slice(start, min(start + shape[len(lead)], layer.shape[0])),)
-                    block = cast(name, contiguous(layer[place]), dtype)
+                    block = cast(self.names[number], contiguous(layer[place]), dtype)
                     yield lead + place, block.reshape((1,) * len(lead) + block.shape)
             return
         block = np.empty(shape, dtype)
-        for number, (name, layer) in enumerate(zip(self.names, self.layers(read), strict=True)):
-            block[number % shape[0]] = cast(name, contiguous(layer), dtype)
+        for number, layer in enumerate(self.layers(read)):
+            block[number % shape[0]] = cast(self.names[number], contiguous(layer), dtype)
             if (done := number % shape[0] + 1) == shape[0] or number + 1 == self.shape[0]:
                 yield (slice(number + 1 - done, number + 1),), block[:done]
                 block = np.empty(shape, dtype)
