@@ -126,6 +126,15 @@ def test_how_long_and_how_often_may_differ():
     assert differing_keys(to_dict(tiny.run()), to_dict(longer)) == []
 
 
+def test_the_longest_input_that_a_source_named_makes_no_other_model():
+    config = tiny.run()
+    model = dataclasses.replace(config.model, decoder=dataclasses.replace(config.model.decoder, max_positions=64))
+    require_same_model("there", model, config.model)
+    saved = to_dict(config)
+    del saved["model"]["decoder"]["max_positions"]  # as an older version wrote it
+    assert differing_keys(saved, to_dict(dataclasses.replace(config, model=model))) == []
+
+
 def test_full_disk_is_a_typed_error_and_the_previous_checkpoint_stays(tmp_path):
     script = textwrap.dedent(
         """

@@ -229,6 +229,8 @@ def test_language_models_there_and_back(kind, tied, tmp_path):
     family.write_files(config, None, out)
     again, same_config, same_params = read_checkpoint(out)
     assert (again.name, same_config.decoder) == (kind, config.decoder)
+    longest = json.loads((out / "config.json").read_text())["max_position_embeddings"]
+    assert longest == config.decoder.max_positions == model.config.max_position_embeddings
     assert_same_tree(same_params, params)
     loaded, report = type(model).from_pretrained(out, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))

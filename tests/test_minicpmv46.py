@@ -112,8 +112,6 @@ def test_an_export_is_what_transformers_loads(case, tmp_path):
     exported, original = model.config.to_dict(), theirs.config.to_dict()
     for unused in ("transformers_version", "image_size", "_name_or_path"):
         exported.pop(unused, None), original.pop(unused, None)
-    lengths = {c["text_config"].pop("max_position_embeddings") for c in (exported, original)}
-    assert len(lengths) == 2  # the decoder knows none
     for key, value in original["text_config"].items():
         if value is not None and key not in ("dtype", "max_window_layers", "initializer_range"):
             assert exported["text_config"][key] == value, key

@@ -223,9 +223,12 @@ class DecoderConfig:
     delta_key_dim: int = 0  # per head
     delta_value_dim: int = 0
     delta_conv: int = 4  # tokens that the causal convolution sees
+    # Longest input that the source's files name, kept for an export; 0: unknown. It changes nothing that is computed.
+    max_positions: int = dataclasses.field(default=0, compare=False)
 
     def __post_init__(self):
         require_at_least(self, 1, "vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads", "head_dim")
+        require_at_least(self, 0, "max_positions")
         require(self.heads % self.kv_heads == 0, "kv_heads", f"{self.kv_heads} does not divide heads {self.heads}")
         rotary = self.rotary_dim or self.head_dim
         key = "rotary_dim" if self.rotary_dim else "head_dim"

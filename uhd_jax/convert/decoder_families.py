@@ -15,7 +15,7 @@ from uhd_jax.convert.tables import ConvertError
 if TYPE_CHECKING:
     from uhd_jax.convert.source import Source
 
-# model_type -> class and longest input of the published models, which a decoder's sizes do not tell.
+# model_type -> class and longest input of the published models, for a decoder that does not know its own.
 _CLASSES = {
     "llama": ("LlamaForCausalLM", 4096),
     "qwen2": ("Qwen2ForCausalLM", 32_768),
@@ -65,7 +65,7 @@ def _write(kind: str, config: ModelConfig, tokenizer: Path | None, folder: Path)
         raise ConvertError(f"decoder: the layout is of a {kind}, the model has a {text['model_type']}")
     name, longest = _CLASSES[kind]
     ids = token_ids(tokenizer, config)
-    fields = {"architectures": [name], **text, "max_position_embeddings": longest, "torch_dtype": config.dtype}
+    fields = {"architectures": [name], "max_position_embeddings": longest, **text, "torch_dtype": config.dtype}
     if kind != "qwen3_5_text":
         fields["rope_theta"] = config.decoder.rope_theta  # where transformers 4 looks for it
     write_json(folder / "config.json", fields | ids)

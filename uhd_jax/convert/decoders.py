@@ -132,6 +132,7 @@ def decoder_config(text: Mapping[str, Any]) -> DecoderConfig:
         qkv_bias=kind == "qwen2",
         qk_norm=kind in ("qwen3", "qwen3_5_text"),
         tied_head=bool(text.get("tie_word_embeddings", False)),
+        max_positions=text.get("max_position_embeddings") or 0,
     )
     if kind == "qwen3_5_text":
         partial = rope.get("partial_rotary_factor") or text.get("partial_rotary_factor") or 0.25
@@ -173,7 +174,7 @@ def _require(config: Mapping[str, Any], key: str, value: Any) -> None:
 
 
 def text_config(config: DecoderConfig) -> dict[str, Any]:
-    """The inverse of `decoder_config`: a `text_config` without the ids and lengths that the decoder does not know."""
+    """The inverse of `decoder_config`: a `text_config` without ids, and without a longest input that is not known."""
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     text = {
@@ -188,6 +189,8 @@ def text_config(config: DecoderConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_head,
     }
+    if config.max_positions:
+        text["max_position_embeddings"] = config.max_positions
     if config.gated_attention:
         kind = "qwen3_5_text"
         rope["partial_rotary_factor"] = (config.rotary_dim or config.head_dim) / config.head_dim

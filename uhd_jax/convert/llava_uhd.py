@@ -200,11 +200,11 @@ def _write(config: ModelConfig, tokenizer: Path | None, folder: Path, version: i
     kind = text.pop("model_type")
     rope = text.pop("rope_parameters")
     name = {"llama": "Llama", "qwen2": "Qwen"}[kind]
-    fields = text | {
+    fields = {"max_position_embeddings": {"llama": 4096, "qwen2": 32_768}[kind]} | text
+    fields |= {
         "architectures": [f"Llava{name}ForCausalLM"],
         "model_type": f"llava_{name.lower()}",
         "rope_theta": rope["rope_theta"],
-        "max_position_embeddings": {"llama": 4096, "qwen2": 32_768}[kind],
         "tokenizer_model_max_length": 2048 * version,
         "mm_vision_tower": "openai/clip-vit-large-patch14-336",
         "mm_hidden_size": config.tower.width,

@@ -105,7 +105,8 @@ def _model(config: ModelConfig, added: dict[str, int]) -> dict[str, Any]:
     tower, chat = config.tower, config.chat
     text = text_config(config.decoder)
     ids = {"eos_token_id": added.get(chat.turn_end), "pad_token_id": added.get(chat.padding), "bos_token_id": None}
-    text |= ids | {"max_position_embeddings": _LONGEST.get(text["model_type"], 32_768), "dtype": config.dtype}
+    longest = {"max_position_embeddings": _LONGEST.get(text["model_type"], 32_768)}
+    text = longest | text | ids | {"dtype": config.dtype}
     vision = {
         "model_type": "minicpmv4_6_vision",
         "hidden_size": tower.width,

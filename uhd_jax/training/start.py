@@ -84,7 +84,9 @@ def combine(
 
         source = opened.enter_context(open_source(decoder, allow_pickle))
         decoder_family, decoder_model, decoder_moves = _part(source, "decoder")
-        sizes = [field.name for field in dataclasses.fields(config.decoder) if field.name != "vocab_size"]
+        sizes = [
+            field.name for field in dataclasses.fields(config.decoder) if field.compare and field.name != "vocab_size"
+        ]
         _require_equal("decoder", source, decoder_model, config, sizes)
         before, tokenizer, added = _tokenizer(source, config)
         _require_room(source, decoder_model, config, tokenizer, added)
