@@ -160,6 +160,8 @@ def test_combine_is_called_with_what_was_asked(config_file, tmp_path, capsys, mo
 
 def test_verify_is_called_with_what_was_asked(capsys, monkeypatch):
     class Report:
+        problem = None
+
         def to_json(self):
             return {"max_abs": 0.5}
 
