@@ -204,5 +204,3 @@ def test_a_missing_venv_module_is_named(quickstart, tmp_path, monkeypatch):
     status, text = finish(quickstart())
     assert status == 1 and "python3-venv" in text
     assert not (tmp_path / "none").exists()
-
-
