@@ -235,7 +235,10 @@ class Poll:
         told = np.zeros((self._local, 1 + len(counts)), np.float32)
         told[:, 0] = number
         told[0, 1:] = counts
-        return self._reduce(jax.make_array_from_process_local_data(self._sharding, told))
+        try:
+            return self._reduce(jax.make_array_from_process_local_data(self._sharding, told))
+        except ValueError as error:  # what a connection that broke since the last step is called on its next use
+            raise jax.errors.JaxRuntimeError(str(error)) from error
 
 
 def wait_for_all() -> None:
