@@ -170,7 +170,7 @@ def test_relative_imports_inside_a_package_file_are_resolved():
 def committed_text_files() -> list[Path]:
     folders = (".ci", "configs", "docs", "launch", "tests", PACKAGE)
     suffixes = {"", ".md", ".py", ".sh", ".toml", ".txt", ".json", ".yml", ".yaml", ".cfg"}
-    files = [path for path in ROOT.iterdir() if path.name != "LICENSE"]
+    files = [path for path in ROOT.iterdir() if path.name not in ("LICENSE", ".git")]  # .git is a file in a worktree
     files += [path for folder in folders for path in (ROOT / folder).rglob("*")]
     return sorted(path for path in files if path.is_file() and path.suffix in suffixes)
 

@@ -14,7 +14,6 @@ from golden_v4 import load as golden
 from uhd_jax.convert.families import FAMILIES, family_named
 from uhd_jax.convert.tables import ConvertError
 from uhd_jax.models import uhd
-from uhd_jax.ops.attention import packed_causal_mask
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -216,9 +215,8 @@ def test_language_models_there_and_back(kind, tied, tmp_path):
     assert family.name == kind and config.dtype == "float32"
     ids = np.random.default_rng(0).integers(0, TEXT["vocab_size"], (2, 9))
     module, variables = uhd.decoder(config), {"params": params["decoder"]}
-    mask = packed_causal_mask(jnp.ones(ids.shape, jnp.int32))
     x = module.apply(variables, ids, method="embed")
-    hidden = module.apply(variables, x, jnp.broadcast_to(jnp.arange(9), ids.shape), mask)[0]
+    hidden = module.apply(variables, x, jnp.broadcast_to(jnp.arange(9), ids.shape))[0]
     ours = hidden @ module.apply(variables, method="head_kernel")
     expected = _logits(model, ids)
     assert np.abs(expected).max() > 1

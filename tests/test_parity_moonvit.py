@@ -15,7 +15,7 @@ from uhd_jax.convert.tables import import_tensors
 from uhd_jax.convert.towers import moonvit_table
 from uhd_jax.models import layers
 from uhd_jax.models.vit import ROPE_THETA, Tower
-from uhd_jax.ops.attention import valid_keys_mask
+from uhd_jax.ops.attention import view_segments
 from uhd_jax.ops.merge import merge_windows, patch_coordinates
 from uhd_jax.ops.rope import apply_rope_pairs, rope_angles_2d
 from uhd_jax.slicing.pixels import merge_order
@@ -93,8 +93,8 @@ def test_inside_the_first_block():
     _check(_raster(jnp.concatenate(joined, -1)), "block_0.wqkv")
     for ours, name in zip(joined, "qk", strict=False):
         _check(_raster(apply_rope_pairs(ours.reshape(*x.shape[:2], 4, 12), angles)), f"block_0.{name}_rot")
-    mask = valid_keys_mask(jnp.asarray(GRIDS.prod(1)), ROOM)
-    attended = layers.Attention(4, jnp.float32).apply({"params": attention}, normed, mask, angles)
+    segments = view_segments(jnp.asarray(GRIDS.prod(1)), ROOM)
+    attended = layers.Attention(4, jnp.float32).apply({"params": attention}, normed, segments, angles)
     _check(_raster(attended), "block_0.wo")
 
     normed = layers.LayerNorm(1e-5, jnp.float32).apply({"params": params["norm2"]}, x + attended)

@@ -16,7 +16,6 @@ from uhd_jax.convert.decoders import decoder_config, decoder_dropped, decoder_ta
 from uhd_jax.convert.tables import export_tensors, flatten, import_tensors
 from uhd_jax.models import uhd
 from uhd_jax.models.decoder import Decoder
-from uhd_jax.ops.attention import packed_causal_mask
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -144,8 +143,7 @@ def run_decoder(params, config, ids, positions, segments):
     """Logits float32[B, T, V] of any positions."""
     module, tree = Decoder(config.decoder), {"params": params["decoder"]}
     x = module.apply(tree, jnp.asarray(ids), method="embed")
-    segments = jnp.asarray(segments)
-    hidden, _ = module.apply(tree, x, jnp.asarray(positions), packed_causal_mask(segments), segments)
+    hidden, _ = module.apply(tree, x, jnp.asarray(positions), jnp.asarray(segments))
     return hidden @ module.apply(tree, method="head_kernel")
 
 

@@ -26,7 +26,6 @@ from uhd_jax.data.packing import fill_batch
 from uhd_jax.data.tokenizer import byte_tokenizer
 from uhd_jax.models import uhd
 from uhd_jax.models.decoder import Decoder
-from uhd_jax.ops.attention import packed_causal_mask
 from uhd_jax.ops.losses import weighted_cross_entropy
 from uhd_jax.slicing.pixels import cut_views
 from uhd_jax.slicing.plan import Size, make_plan
@@ -170,7 +169,7 @@ def test_ways_to_compute_a_hybrid_decoder():
     random = np.random.default_rng(0)
     x = jnp.asarray(random.normal(size=(2, 20, config.width)), jnp.float32)
     segments = jnp.asarray([[1] * 20, [1] * 7 + [2] * 10 + [0] * 3])
-    inputs = x, jnp.arange(20)[None], packed_causal_mask(segments), segments
+    inputs = x, jnp.arange(20)[None], segments
     params = tiny.random_params(jax.eval_shape(lambda: Decoder(config).init(jax.random.key(0), *inputs)))
 
     def loss(module):

@@ -22,7 +22,7 @@ ITEMS = ("params", "training", "iterator", "meta")
 # and where the samples lie. That they are the same samples, the iterator's own state ensures.
 RESUMABLE = (
     r"name",
-    r"model\.(tower_remat|decoder_remat|scan_layers|loss_chunk)",
+    r"model\.(tower_remat|decoder_remat|scan_layers|attention|loss_chunk)",
     r"(model\.)?decoder\.max_positions",
     r"train\.(init_from|checkpoint_every|keep_checkpoints|log_every|prefetch|data_workers|peak_flops)",
     r"train\.(max_bad_steps|max_broken_samples)",

@@ -308,6 +308,8 @@ class ModelConfig:
     tower_remat: Literal["none", "full", "dots"] = "full"
     decoder_remat: Literal["none", "full", "dots"] = "full"
     scan_layers: bool = True
+    # xla, or a kernel: splash (TPU), cudnn (GPU); auto: by the devices of the mesh
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     loss_chunk: int = 1024  # tokens whose logits exist at one time
 
     def __post_init__(self):

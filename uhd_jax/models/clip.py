@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from uhd_jax.config import TowerConfig
 from uhd_jax.models import layers
 from uhd_jax.models.vit import TowerLayer
-from uhd_jax.ops.attention import valid_keys_mask
+from uhd_jax.ops.attention import view_segments
 from uhd_jax.ops.merge import patch_coordinates
 from uhd_jax.ops.resize import resize_table
 
@@ -30,6 +30,7 @@ class ClipTower(nn.Module):
     dtype: layers.Dtype = jnp.float32
     scan: bool = True
     remat: str = "none"
+    attention: str = "auto"
 
     @nn.compact
     def __call__(
@@ -50,7 +51,7 @@ class ClipTower(nn.Module):
           "embeddings" [V, 1+P, D] before the pre-norm, "layers_before" [layers that ran, V, 1+P, D].
         """
         cfg = self.config
-        layer = TowerLayer(cfg, self.dtype, parent=None)
+        layer = TowerLayer(cfg, self.dtype, self.attention, parent=None)
         example = jnp.zeros((1, 4, cfg.width), self.dtype)
         stacked = self.param("layers", layers.stack_init(layer, cfg.layers, example, None))
         normal = nn.initializers.normal(cfg.width**-0.5)  # the original's; much less drowns in the pre-norm
@@ -65,10 +66,10 @@ class ClipTower(nn.Module):
         taps = {"embeddings": x} if collect else {}
 
         x = layers.LayerNorm(cfg.norm_eps, self.dtype, name="pre_norm")(x)
-        mask = valid_keys_mask(1 + grids[:, 0] * grids[:, 1], x.shape[1])
+        segments = view_segments(1 + grids[:, 0] * grids[:, 1], x.shape[1])
 
         def step(x, params):
-            x = layer.apply({"params": params}, x, mask)
+            x = layer.apply({"params": params}, x, segments)
             return x, x if collect else None
 
         stop = cfg.layers - cfg.skipped_layers

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from uhd_jax.config import DecoderConfig
 from uhd_jax.models import layers
+from uhd_jax.models.attending import self_attention
 from uhd_jax.models.gated_delta import DeltaCache, GatedDelta
 from uhd_jax.ops.attention import attention
 from uhd_jax.ops.rope import apply_rope, rope_angles
@@ -33,26 +34,33 @@ class DecoderLayer(nn.Module):
 
     config: DecoderConfig
     dtype: layers.Dtype
+    attention: str = "auto"  # `ModelConfig.attention`
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, angles: Any, mask: jax.Array, cache: KeyValues | None = None, index: jax.Array | None = None
+        self,
+        x: jax.Array,
+        angles: Any,
+        segments: jax.Array,
+        cache: KeyValues | None = None,
+        index: jax.Array | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         """One layer.
 
         Args:
           x: float[B, T, D].
           angles: `rope_angles` of the tokens' positions.
-          mask: bool[B, 1, T, S]; S is T without a cache.
-          cache: this layer's keys and values float[B, S, K, H], or None to attend to x itself.
+          segments: int32[B, T]; without a cache, tokens look at earlier ones of their segment.
+          cache: this layer's keys and values float[B, S, K, H], all of which up to `index` are looked at; or None to
+            attend to x itself.
           index: int32[B], where in the cache the (single) token of each row is written.
 
         Returns:
           float[B, T, D], and the keys and values: the updated cache, or x's own.
         """
         cfg = self.config
-        attended, keys_values = DecoderAttention(cfg, self.dtype, name="attention")(
-            _norm(cfg, self.dtype, "input_norm")(x), angles, mask, cache, index
+        attended, keys_values = DecoderAttention(cfg, self.dtype, self.attention, name="attention")(
+            _norm(cfg, self.dtype, "input_norm")(x), angles, segments, cache, index
         )
         x = x + attended
         normed = _norm(cfg, self.dtype, "post_attention_norm")(x)
@@ -88,9 +96,10 @@ class DecoderAttention(nn.Module):
 
     config: DecoderConfig
     dtype: layers.Dtype
+    implementation: str
 
     @nn.compact
-    def __call__(self, x, angles, mask, cache, index):
+    def __call__(self, x, angles, segments, cache, index):
         """See DecoderLayer."""
         cfg = self.config
 
@@ -102,11 +111,16 @@ class DecoderAttention(nn.Module):
         if cfg.qk_norm:
             query = _norm(cfg, self.dtype, "query_norm")(query)
             key = _norm(cfg, self.dtype, "key_norm")(key)
-        keys_values = {"key": apply_rope(key, angles), "value": value}
-        if cache is not None:
-            rows = jnp.arange(x.shape[0])
+        query, keys_values = apply_rope(query, angles), {"key": apply_rope(key, angles), "value": value}
+        if cache is None:
+            out = self_attention(
+                query, *keys_values.values(), segments, causal=True, implementation=self.implementation
+            )
+        else:
+            rows, slots = jnp.arange(x.shape[0]), jnp.arange(cache["key"].shape[1])
             keys_values = {name: cache[name].at[rows, index].set(new[:, 0]) for name, new in keys_values.items()}
-        out = attention(apply_rope(query, angles), keys_values["key"], keys_values["value"], mask)
+            filled = (slots[None] <= index[:, None]).astype(jnp.int32)
+            out = attention(query, *keys_values.values(), jnp.ones_like(index)[:, None], filled)
         if cfg.gated_attention:
             out = out * nn.sigmoid(project("gate", cfg.heads))
         return layers.dense(cfg.width, self.dtype, "out", bias=False)(out.reshape(*x.shape[:2], -1)), keys_values
@@ -133,6 +147,7 @@ class Decoder(nn.Module):
     dtype: layers.Dtype = jnp.float32
     scan: bool = True
     remat: str = "none"
+    attention: str = "auto"
 
     def setup(self):
         """Declares the parameters."""
@@ -141,15 +156,14 @@ class Decoder(nn.Module):
         self.embedding = self.param("embedding", normal, (cfg.vocab_size, cfg.width), jnp.float32)
         if not cfg.tied_head:
             self.head = self.param("head", normal, (cfg.width, cfg.vocab_size), jnp.float32)
-        self.layer = DecoderLayer(cfg, self.dtype, parent=None)
+        self.layer = DecoderLayer(cfg, self.dtype, self.attention, parent=None)
         x = jnp.zeros((1, 1, cfg.width), self.dtype)
         angles = (jnp.zeros((1, 1, (cfg.rotary_dim or cfg.head_dim) // 2)),) * 2
-        mask = jnp.ones((1, 1, 1, 1), bool)
+        segments = jnp.ones((1, 1), jnp.int32)
         groups = cfg.layers // cfg.full_attention_interval
-        self.layers = self.param("layers", layers.stack_init(self.layer, groups, x, angles, mask))
+        self.layers = self.param("layers", layers.stack_init(self.layer, groups, x, angles, segments))
         if cfg.layers > groups:
             self.delta_layer = DeltaLayer(cfg, self.dtype, parent=None)
-            segments = jnp.ones((1, 1), jnp.int32)
             start = layers.stack_init(self.delta_layer, cfg.layers - groups, x, segments)
             self.delta_layers = self.param("delta_layers", start)
         self.final_norm = _norm(cfg, self.dtype, None)
@@ -166,7 +180,6 @@ class Decoder(nn.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
         segments: jax.Array | None = None,
         cache: Cache | None = None,
         index: jax.Array | None = None,
@@ -177,9 +190,7 @@ class Decoder(nn.Module):
         Args:
           x: float[B, T, D] embeddings with visual tokens in place.
           positions: int32[B, T]; with the config's `mrope_sections` also int32[3, B, T].
-          mask: bool[B, 1, T, S].
-          segments: int32[B, T], number of the sample, 0 is padding; None where each row is one sample. For gated delta
-            layers, which do not see the mask.
+          segments: int32[B, T], number of the sample, 0 is padding; None where each row is one sample.
           cache: what a call returned, when decoding token by token; T is then 1.
           index: int32[B] position in the cache of the new token, with `cache`.
           keep: return a cache (always done with `cache`), whose S is T, to start decoding from.
@@ -194,7 +205,7 @@ class Decoder(nn.Module):
 
         def attend(x, inputs):
             params, layer_cache = inputs
-            x, kept = self.layer.apply({"params": params}, x, angles, mask, layer_cache, index)
+            x, kept = self.layer.apply({"params": params}, x, angles, segments, layer_cache, index)
             return x, kept if keep else None
 
         def delta(x, inputs):

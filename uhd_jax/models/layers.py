@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from uhd_jax.ops.attention import attention
+from uhd_jax.models.attending import self_attention
 from uhd_jax.ops.rope import apply_rope_pairs
 from uhd_jax.sharding.activations import over_rows
 
@@ -70,12 +70,13 @@ class Attention(nn.Module):
 
     heads: int
     dtype: Dtype
+    implementation: str = "auto"  # `ModelConfig.attention`
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None, angles: tuple[jax.Array, jax.Array] | None = None
+        self, x: jax.Array, segments: jax.Array | None, angles: tuple[jax.Array, jax.Array] | None = None
     ) -> jax.Array:
-        """Self-attention on x float[B, T, D] with mask bool[B, 1, 1, T] or None -> float[B, T, D].
+        """Self-attention on x float[B, T, D] inside segments int32[B, T], or at all -> float[B, T, D].
 
         With `angles` of `rope_angles_2d`, queries and keys are rotated.
         """
@@ -84,7 +85,8 @@ class Attention(nn.Module):
         query, key, value = (dense(width, self.dtype, n)(x).reshape(split) for n in ("query", "key", "value"))
         if angles is not None:
             query, key = apply_rope_pairs(query, angles), apply_rope_pairs(key, angles)
-        return dense(width, self.dtype, "out")(attention(query, key, value, mask).reshape(x.shape))
+        attended = self_attention(query, key, value, segments, causal=False, implementation=self.implementation)
+        return dense(width, self.dtype, "out")(attended.reshape(x.shape))
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:

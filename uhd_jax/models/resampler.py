@@ -61,8 +61,9 @@ class WindowAttention(nn.Module):
         query, key, value = project(query, "query"), project(key, "key"), project(value, "value")
         query = jnp.broadcast_to(query, (views, *query.shape))
         query, key, value = (x.reshape(views * windows, *x.shape[2:]) for x in (query, key, value))
-        mask = jnp.broadcast_to(mask[:, None], (views, windows, keys)).reshape(-1, 1, 1, keys)
-        out = attention(query, key, value, mask).reshape(views, windows, -1, width)
+        seen = jnp.broadcast_to(mask[:, None], (views, windows, keys)).reshape(-1, keys).astype(jnp.int32)
+        ones = jnp.ones(query.shape[:2], jnp.int32)
+        out = attention(query, key, value, ones, seen).reshape(views, windows, -1, width)
         return layers.dense(width, self.dtype, "out", init=query_init)(out)
 
 

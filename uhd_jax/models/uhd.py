@@ -24,7 +24,6 @@ from uhd_jax.models.merger import MergingMlp
 from uhd_jax.models.projector import BilinearMlp, PlainMlp
 from uhd_jax.models.resampler import Perceiver, SpatialResampler
 from uhd_jax.models.vit import Tower
-from uhd_jax.ops.attention import packed_causal_mask
 from uhd_jax.ops.losses import chunked_cross_entropy
 from uhd_jax.ops.merge import place_visual_tokens
 
@@ -42,7 +41,7 @@ _CONNECTORS = {
 
 def tower(config: ModelConfig) -> nn.Module:
     """The tower's module."""
-    computing = (jnp.dtype(config.dtype), config.scan_layers, config.tower_remat)
+    computing = (jnp.dtype(config.dtype), config.scan_layers, config.tower_remat, config.attention)
     if config.tower.kind == "clip":
         return ClipTower(config.tower, *computing)
     return Tower(config.tower, config.compressor, *computing)
@@ -58,7 +57,7 @@ def connector(config: ModelConfig) -> nn.Module:
 
 def decoder(config: ModelConfig) -> Decoder:
     """The decoder's module."""
-    return Decoder(config.decoder, jnp.dtype(config.dtype), config.scan_layers, config.decoder_remat)
+    return Decoder(config.decoder, jnp.dtype(config.dtype), config.scan_layers, config.decoder_remat, config.attention)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -73,7 +72,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     params = {
         "tower": tower(config).init(keys["tower"], patches, grids, levels=2, compress=compress)["params"],
         "connector": connector(config).init(keys["connector"], tokens, grids, patches).get("params", {}),
-        "decoder": decoder(config).init(keys["decoder"], embeddings, position, jnp.ones((1, 1, 1, 1), bool))["params"],
+        "decoder": decoder(config).init(keys["decoder"], embeddings, position)["params"],
     }
     return start_compressor(params, config)
 
@@ -135,8 +134,7 @@ def embed(params: Params, batch: Batch, config: ModelConfig, mode: str | None = 
 def hidden_states(params: Params, batch: Batch, config: ModelConfig, mode: str | None = None) -> jax.Array:
     """float[B, T, D]: the decoder's output before the head."""
     x = embed(params, batch, config, mode)
-    mask = packed_causal_mask(batch.segments)
-    return decoder(config).apply({"params": params["decoder"]}, x, batch.positions, mask, batch.segments)[0]
+    return decoder(config).apply({"params": params["decoder"]}, x, batch.positions, batch.segments)[0]
 
 
 def head_kernel(params: Params, config: ModelConfig) -> jax.Array:
@@ -186,10 +184,7 @@ def prefill(
       float32[B, V] logits after each prompt's last token, and the cache (`models.decoder.Cache`).
     """
     x = embed(params, batch, config, mode)
-    mask = packed_causal_mask(batch.segments)
-    hidden, cache = decoder(config).apply(
-        {"params": params["decoder"]}, x, batch.positions, mask, batch.segments, keep=True
-    )
+    hidden, cache = decoder(config).apply({"params": params["decoder"]}, x, batch.positions, batch.segments, keep=True)
     lengths = jnp.sum(batch.segments > 0, axis=1)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     room = cache_length - batch.tokens.shape[1]
@@ -215,7 +210,5 @@ def decode_step(
     """
     module = decoder(config)
     x = module.apply({"params": params["decoder"]}, tokens[:, None], method="embed")
-    slots = jnp.arange(cache["key"].shape[2])
-    mask = (slots[None] <= index[:, None])[:, None, None, :]
-    hidden, cache = module.apply({"params": params["decoder"]}, x, index[:, None], mask, cache=cache, index=index)
+    hidden, cache = module.apply({"params": params["decoder"]}, x, index[:, None], cache=cache, index=index)
     return _project(hidden, params, config)[:, 0], cache

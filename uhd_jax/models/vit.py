@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from uhd_jax.config import CompressorConfig, TowerConfig
 from uhd_jax.models import layers
 from uhd_jax.models.compressor import Compressor
-from uhd_jax.ops.attention import valid_keys_mask
+from uhd_jax.ops.attention import view_segments
 from uhd_jax.ops.merge import nearest_table_index, patch_coordinates
 from uhd_jax.ops.resize import resize_table
 from uhd_jax.ops.rope import rope_angles_2d
@@ -31,15 +31,16 @@ class TowerLayer(nn.Module):
 
     config: TowerConfig
     dtype: layers.Dtype
+    attention: str = "auto"  # `ModelConfig.attention`
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None, angles: tuple[jax.Array, jax.Array] | None = None
+        self, x: jax.Array, segments: jax.Array | None, angles: tuple[jax.Array, jax.Array] | None = None
     ) -> jax.Array:
-        """One layer on x float[V, P, D] with mask bool[V, 1, 1, P] and rotary angles, if any -> float[V, P, D]."""
+        """One layer on x float[V, P, D] with segments int32[V, P] and rotary angles, if any -> float[V, P, D]."""
         cfg, dtype = self.config, self.dtype
-        attended = layers.Attention(cfg.heads, dtype, name="attention")(
-            layers.LayerNorm(cfg.norm_eps, dtype, name="norm1")(x), mask, angles
+        attended = layers.Attention(cfg.heads, dtype, self.attention, name="attention")(
+            layers.LayerNorm(cfg.norm_eps, dtype, name="norm1")(x), segments, angles
         )
         x = x + attended
         gelu = layers.quick_gelu if cfg.kind == "clip" else layers.gelu_tanh
@@ -59,6 +60,7 @@ class Tower(nn.Module):
     dtype: layers.Dtype = jnp.float32
     scan: bool = True
     remat: str = "none"
+    attention: str = "auto"
 
     @nn.compact
     def __call__(
@@ -79,7 +81,7 @@ class Tower(nn.Module):
         """
         cfg, depth = self.config, self.config.layers
         rotary = cfg.kind == "moonvit"
-        layer = TowerLayer(cfg, self.dtype, parent=None)
+        layer = TowerLayer(cfg, self.dtype, self.attention, parent=None)
         example = jnp.zeros((1, 4, cfg.width), self.dtype)
         stacked = self.param("layers", layers.stack_init(layer, depth, example, None))
         entries = math.prod(cfg.table_shape)
@@ -94,14 +96,14 @@ class Tower(nn.Module):
         taps = {"embeddings": x} if collect else {}
 
         def run(x, grids, levels, start, stop):
-            mask = valid_keys_mask(grids[:, 0] * grids[:, 1], x.shape[1])
+            segments = view_segments(grids[:, 0] * grids[:, 1], x.shape[1])
             angles = None
             if rotary:
                 rows, cols = patch_coordinates(grids, x.shape[1], levels)
                 angles = rope_angles_2d(rows, cols, cfg.width // cfg.heads, ROPE_THETA)
 
             def step(x, params):
-                x = layer.apply({"params": params}, x, mask, angles)
+                x = layer.apply({"params": params}, x, segments, angles)
                 return x, x if collect else None
 
             return layers.run_stack(step, x, stacked, scan=self.scan, remat=self.remat, start=start, stop=stop)

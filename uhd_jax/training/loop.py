@@ -43,11 +43,12 @@ from uhd_jax.training.metrics import (
     TensorBoardWriter,
     to_number,
 )
+from uhd_jax.training.objective import loss_sums_of, scaffold_init
 from uhd_jax.training.optimizer import make_optimizer
 from uhd_jax.training.signals import Interrupted, Signals
 from uhd_jax.training.stages import SCAFFOLD
 from uhd_jax.training.state import TrainState, abstract_state, draw_params, enter_stage, first_state, shardings_of
-from uhd_jax.training.step import CompiledSteps, LossSums, make_train_step
+from uhd_jax.training.step import CompiledSteps, make_train_step
 from uhd_jax.training.workdir import claimed
 
 MAX_IN_FLIGHT = 1  # steps dispatched and not yet read back while the next one is prepared
@@ -238,21 +239,11 @@ class _Run:
         return abstract_state({**self.abstract_params, SCAFFOLD: scaffold}, *self._optimizer(index), self.mesh)
 
     def _scaffold(self, index: int) -> Callable[[jax.Array], dict[str, Any]]:
-        """From a key to what a stage trains beside the model."""
-        stage = self._config(index)
-        if stage.objective == "language":
-            return lambda key: {}
-        return functools.partial(vdim.init_scaffold, self.config.model, stage.reconstruction.form)
+        return scaffold_init(self.config.model, self._config(index))
 
     def _draw_scaffold(self, index: int, target: TrainState) -> dict[str, Any]:
         seed = self.config.train.seed
         return draw_params(self._scaffold(index), seed, shardings_of(target.scaffold))
-
-    def _loss_sums(self, index: int) -> LossSums:
-        model, stage = self.config.model, self._config(index)
-        if stage.objective == "language":
-            return lambda params, batch, key: uhd.loss_sums(params, batch, model)
-        return functools.partial(vdim.loss_sums, config=model, reconstruction=stage.reconstruction)
 
     def _start_or_resume(self) -> tuple[TrainState, int, dict[str, Any] | None]:
         """The state, the index of its stage, and the state of that stage's iterator (None for a new one)."""
@@ -285,7 +276,7 @@ class _Run:
             self.empty_in_a_row = 0
         steps = CompiledSteps(
             make_train_step(
-                self._loss_sums(index),
+                loss_sums_of(self.config.model, stage),
                 stage,
                 self.config.train.optimizer,
                 self._target(index),
