@@ -1,4 +1,4 @@
-"""The full-size configuration file."""
+"""The full-size configuration files of v4 and of MiniCPM-V 4.6."""
 
 import importlib.util
 from pathlib import Path
@@ -11,8 +11,8 @@ from uhd_jax.config import ConfigError, from_config_dict
 FILE = Path(__file__).parents[1] / "configs" / "uhd_v4.py"
 
 
-def load(arg=""):
-    spec = importlib.util.spec_from_file_location("uhd_v4", FILE)
+def load(arg="", file=FILE):
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return from_config_dict(module.get_config(arg))
@@ -39,3 +39,13 @@ def test_options():
 def test_unknown_options_are_named(arg):
     with pytest.raises(ConfigError, match=arg.partition("=")[2] or arg):
         load(arg)
+
+
+def test_minicpm_v_4_6_as_released():
+    config = load("rows=16,steps=50,data=/d/own.jsonl", FILE.with_name("minicpm_v_4_6.py"))
+    assert sum(cost.parameter_counts(config.model).values()) == 1_300_428_016
+    (stage,) = config.train.stages
+    assert (stage.rows, stage.steps, stage.warmup_steps) == (16, 50, 5)
+    assert stage.data.options == {"path": "/d/own.jsonl"}
+    with pytest.raises(ConfigError, match="option 'stage1'"):
+        load("stage1", FILE.with_name("minicpm_v_4_6.py"))

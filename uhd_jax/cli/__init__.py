@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate": "score a trained model on a task",
     "report": "gather a run's results and draw its losses",
     "cost": "parameters, visual tokens, FLOPs and memory of configurations, also as published",
+    "compile": "compile a training step for a TPU slice or GPU host that is not there",
 }
 
 

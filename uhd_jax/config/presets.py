@@ -1,6 +1,6 @@
 """The published towers and decoders of the family, as mappings for `configs/*.py` and for `TowerConfig(**PRESET)`.
 
-Sources: spec v1-v2 sections 2.1 and 6.4, spec v4 section 2.1, spec moonvit section 1.
+Sources: spec v1-v2 sections 2.1 and 6.4, spec v4 sections 2.1 and 4.4, spec moonvit section 1.
 """
 
 from __future__ import annotations
@@ -76,6 +76,29 @@ QWEN3_8B: dict[str, Any] = {
     "rope_theta": 1e6,
     "norm_eps": 1e-6,
     "qk_norm": True,
+}
+
+QWEN35_0_8B: dict[str, Any] = {  # of MiniCPM-V 4.6
+    "vocab_size": 248_094,
+    "width": 1024,
+    "mlp_width": 3584,
+    "layers": 24,
+    "heads": 8,
+    "kv_heads": 2,
+    "head_dim": 256,
+    "rope_theta": 1e7,
+    "norm_eps": 1e-6,
+    "qk_norm": True,
+    "tied_head": True,
+    "rotary_dim": 64,
+    "mrope_sections": (11, 11, 10),
+    "gated_attention": True,
+    "zero_centred_norm": True,
+    "full_attention_interval": 4,
+    "delta_key_heads": 16,
+    "delta_value_heads": 16,
+    "delta_key_dim": 128,
+    "delta_value_dim": 128,
 }
 
 # Prompts (spec v1-v2 sections 4.1 and 4.3). Separators are the Llama ids of "," and newline, which the released Qwen2

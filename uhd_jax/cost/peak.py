@@ -17,6 +17,7 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     (r"TPU (v5 lite|v5e)", 197e12),
     (r"TPU (v5|v5p)", 459e12),
     (r"TPU (v6 lite|v6e)", 918e12),
+    (r"TPU7x", 1153e12),  # of a core, as devices are; two a chip
     (r"NVIDIA H100 PCIe", 756e12),
     (r"NVIDIA (H100|H200|GH200)\b.*", 989e12),
     (r"NVIDIA A100\b.*", 312e12),
