@@ -9,6 +9,7 @@ from absl import flags
 from command_line import CONFIG
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
+from processes import Processes
 
 # Tests compare numbers made on CPU, also where an accelerator is present.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -44,6 +45,14 @@ def compiled_once(tmp_path_factory):
     yield folder
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def together(tmp_path, compiled_once):
+    """Starts `uhd-jax train` in several processes."""
+    processes = Processes(tmp_path, compiled_once)
+    yield processes
+    processes.kill()
 
 
 @pytest.fixture

@@ -1,18 +1,27 @@
 """Several processes as one run: finding each other, real processes on this machine, signals and kills."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import pytest
 import tiny
-from command_line import CONFIG, call
+from command_line import call
+from processes import (
+    ENDLESS,
+    OPTIONS,
+    QUICK,
+    SLOW,
+    curve,
+    ended,
+    records,
+    saved,
+    until_step,
+    write,
+)
 
 from uhd_jax.cli import main
 from uhd_jax.config import MeshConfig
@@ -172,74 +181,6 @@ TWO_STAGES = """
     stages=(dict(stage, rows=16, steps=2), dict(stage, rows=16, name="second", steps=2, accumulation=2)),
     mesh=dict(fsdp=2),
 """
-QUICK = "import tiny\nfrom uhd_jax.models import uhd\nuhd.loss_sums = tiny.quick_loss_sums\n"
-SLOW = """
-import time
-from uhd_jax.training.batches import StageBatches
-quickly = StageBatches.__next__
-def slowly(self):
-    time.sleep(0.1)
-    return quickly(self)
-StageBatches.__next__ = slowly
-"""
-OPTIONS = [f"--config.train.{option}" for option in ("peak_flops=1e12", "log_every=1", "checkpoint_every=3")]
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("", 0))
-        return listening.getsockname()[1]
-
-
-@pytest.fixture
-def together(tmp_path, compiled_once):
-    """Starts `uhd-jax train` in several processes; what is left of them at the end of the test is killed."""
-    started = []
-
-    def start(workdir, config, processes, devices=1, argv=(), before=QUICK):
-        environment = os.environ | {
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_COMPILATION_CACHE_DIR": compiled_once,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        }
-        script = f"{before}\nimport sys\nfrom uhd_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
-        command = [sys.executable, "-c", script, "train", f"--config={config}", f"--workdir={workdir}", *OPTIONS]
-        command += [f"--coordinator=localhost:{free_port()}", f"--processes={processes}", *argv]
-        for process in range(processes):
-            log = open(tmp_path / f"{len(started)}.log", "w+")
-            child = subprocess.Popen(
-                [*command, f"--process={process}"], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-            )
-            child.log = log
-            started.append(child)
-        return started[-processes:]
-
-    yield start
-    for child in started:
-        child.kill()
-        child.log.close()
-
-
-def ended(children, seconds=300):
-    """Exit statuses, and what each process has shown."""
-    statuses = [child.wait(timeout=seconds) for child in children]
-    return statuses, [Path(child.log.name).read_text() for child in children]
-
-
-def records(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(workdir):
-    return [(record["stage"], record["step"], record["loss"], record["grad_norm"]) for record in records(workdir)]
-
-
-def write(path, stages="stages=(stage,)"):
-    config = CONFIG.replace("model=dict(", 'model=dict(dtype="float32", ').replace("stages=(stage,)", stages)
-    path.write_text(config)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -270,21 +211,6 @@ def test_as_many_processes_as_you_like_have_the_losses_of_one(together, tmp_path
     trained = json.loads((workdir / "trained.json").read_text())
     assert trained["processes"] == processes and trained["devices"] == f"{processes * devices} x cpu"
     assert len([*(workdir / "tensorboard").iterdir()]) == 1
-
-
-def until_step(workdir, step, children):
-    """Waits for a step's record."""
-    path = workdir / "metrics.jsonl"
-    while not (path.exists() and len(path.read_text().splitlines()) >= step):
-        assert all(child.poll() is None for child in children), ended(children)
-        time.sleep(0.02)
-
-
-def saved(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
-
-
-ENDLESS = ["--config.train.stages[0].steps=1000", "--heartbeat-seconds=10"]
 
 
 @pytest.mark.parametrize("of", [(1,), (0, 1)])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from uhd_jax.checkpoint.faults import FOLDER, CheckpointError, cannot_write, reading, silence_orbax
 from uhd_jax.config import ModelConfig, RunConfig, to_dict
@@ -25,7 +28,7 @@ RESUMABLE = (
     r"model\.(tower_remat|decoder_remat|scan_layers|attention|loss_chunk)",
     r"(model\.)?decoder\.max_positions",
     r"train\.(init_from|checkpoint_every|keep_checkpoints|log_every|prefetch|data_workers|peak_flops)",
-    r"train\.(max_bad_steps|max_broken_samples)",
+    r"train\.(max_bad_steps|max_broken_samples|checksum_every|hang_seconds|hang_exits)",
     r"train\.mesh\.\w+",
     r"train\.stages\.\d+\.(steps|accumulation|data\.options\.(parts\.\d+\.options\.)?(path|image_root|row_groups))",
 )
@@ -92,6 +95,28 @@ class Checkpointer:
         """Step of the newest complete checkpoint; None when there is none."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def set_aside(self, step: int) -> Path:
+        """Takes checkpoint `step` out of the way, under another name beside the others, which it returns.
+
+        Raises:
+          CheckpointError: it cannot be renamed.
+        """
+        folder = self.directory / str(step)
+        number = next(n for n in itertools.count(1) if not folder.with_name(f"{step}.damaged-{n}").exists())
+        aside = folder.with_name(f"{step}.damaged-{number}")
+        with self._writing():
+            if jax.process_index() == 0:
+                folder.rename(aside)
+        return aside
+
+    def reload(self) -> None:
+        """Reads again which checkpoints there are, once those set aside are gone for every process."""
+        self._manager.reload()
+
     def save(self, step: int, params: Any, training: Any, iterator: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Starts writing checkpoint `step`; returns once the arrays are copied, so that they may then be donated.
 
@@ -132,11 +157,14 @@ class Checkpointer:
         Raises:
           CheckpointError: missing or unreadable.
         """
-        with reading(self.directory / str(step), ITEMS):
-            return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        folder = self.directory / str(step)
+        with reading(folder, ITEMS):
+            return _read(ocp.JsonCheckpointHandler(), folder / "meta")
 
     def restore(self, step: int, params: Any, training: Any) -> Restored:
         """Reads checkpoint `step` into the given shapes and shardings, on whatever devices they name.
+
+        Each process reads what its own devices need and waits for no other.
 
         Args:
           step: one of the checkpoints on disk.
@@ -146,17 +174,14 @@ class Checkpointer:
         Raises:
           CheckpointError: an item is missing, damaged or of other shapes.
         """
-        with reading(self.directory / str(step), ITEMS):
-            items = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(params),
-                    training=ocp.args.StandardRestore(training),
-                    iterator=ocp.args.JsonRestore(),
-                    meta=ocp.args.JsonRestore(),
-                ),
-            )
-        return Restored(items["params"], items["training"], items["iterator"], items["meta"])
+        folder = self.directory / str(step)
+        with reading(folder, ITEMS):
+            trees = {
+                name: _read(ocp.StandardCheckpointHandler(), folder / name, ocp.args.StandardRestore(target))
+                for name, target in (("params", params), ("training", training))
+            }
+            iterator = _read(ocp.JsonCheckpointHandler(), folder / "iterator")
+        return Restored(iterator=iterator, meta=self.read_meta(step), **trees)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -165,6 +190,15 @@ class Checkpointer:
         except Exception as error:
             self._failed = True
             raise CheckpointError(cannot_write(self.directory, error)) from error
+
+
+def _read(handler: Any, folder: Path, arguments: Any = None) -> Any:
+    """An item by its handler alone: Orbax's checkpointers would wait for all processes behind it, also for one that
+    has failed."""
+    try:
+        return handler.restore(epath.Path(folder), args=arguments or ocp.args.JsonRestore())
+    finally:
+        handler.close()
 
 
 def require_same_config(workdir: str | os.PathLike[str], saved: Mapping[str, Any], config: RunConfig) -> None:

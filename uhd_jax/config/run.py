@@ -124,6 +124,11 @@ class TrainConfig:
     log_every: int = 10
     max_bad_steps: int = 10  # non-finite steps in a row before the run is aborted
     max_broken_samples: float = 0.1  # share of unreadable samples above which the run is aborted; 1: never
+    checksum_every: int = 500  # steps after which devices compare what they hold alike; 0: never
+    hang_seconds: float = (
+        1800.0  # without progress, compilation included, after which all threads' stacks are written; 0: never
+    )
+    hang_exits: bool = False  # end the process then, for its launcher to start the run again
     packing_window: int = 256  # samples looked at together when rows are filled
     prefetch: int = 4  # batches prepared ahead of the device
     data_workers: int = 0  # processes that decode images; 0: threads of this one
@@ -134,7 +139,7 @@ class TrainConfig:
         require_at_least(
             self, 1, "checkpoint_every", "keep_checkpoints", "log_every", "max_bad_steps", "packing_window"
         )
-        require_at_least(self, 0, "prefetch", "data_workers", "peak_flops", "seed")
+        require_at_least(self, 0, "prefetch", "data_workers", "peak_flops", "seed", "checksum_every", "hang_seconds")
         require(0 <= self.max_broken_samples <= 1, "max_broken_samples", "must be a share, from 0 to 1")
         names = [stage.name for stage in self.stages]
         require(len(set(names)) == len(names), "stages", f"names repeat: {names}")

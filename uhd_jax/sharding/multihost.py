@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uhd_jax.config import MeshConfig
@@ -239,6 +240,13 @@ class Poll:
             return self._reduce(jax.make_array_from_process_local_data(self._sharding, told))
         except ValueError as error:  # what a connection that broke since the last step is called on its next use
             raise jax.errors.JaxRuntimeError(str(error)) from error
+
+
+def all_agree(here: bool) -> bool:
+    """Whether `here` is true in every process. Each has to call it; returns when all have."""
+    if jax.process_count() == 1:
+        return here
+    return bool(multihost_utils.process_allgather(np.int32(here)).all())
 
 
 def wait_for_all() -> None:

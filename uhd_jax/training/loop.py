@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -23,12 +22,12 @@ from uhd_jax.checkpoint import (
     load_model,
     load_model_config,
     newest_step,
-    require_same_config,
     require_same_model,
 )
 from uhd_jax.config import RunConfig, StageConfig, to_dict
 from uhd_jax.models import uhd
 from uhd_jax.sharding import multihost
+from uhd_jax.sharding.checksums import checksums, differing_copies
 from uhd_jax.sharding.mesh import make_mesh
 from uhd_jax.sharding.rules import check_rows, place_batch
 from uhd_jax.training import vdim
@@ -38,24 +37,19 @@ from uhd_jax.training.metrics import (
     Console,
     Fill,
     JsonlWriter,
-    Meter,
     Quiet,
     TensorBoardWriter,
-    to_number,
 )
 from uhd_jax.training.objective import loss_sums_of, scaffold_init
 from uhd_jax.training.optimizer import make_optimizer
+from uhd_jax.training.resume import beside_params, resume
 from uhd_jax.training.signals import Interrupted, Signals
 from uhd_jax.training.stages import SCAFFOLD
 from uhd_jax.training.state import TrainState, abstract_state, draw_params, enter_stage, first_state, shardings_of
 from uhd_jax.training.step import CompiledSteps, make_train_step
+from uhd_jax.training.step_log import Pending, StepLog, TrainingError
+from uhd_jax.training.watchdog import Watchdog
 from uhd_jax.training.workdir import claimed
-
-MAX_IN_FLIGHT = 1  # steps dispatched and not yet read back while the next one is prepared
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step and what to do."""
 
 
 class Batches(Protocol):
@@ -128,7 +122,7 @@ def train(
       TrainingError: `max_bad_steps` steps in a row were not finite or had nothing to train on, a stage's data came
         to an end, or another process did.
     """
-    run = _Run(config, Path(workdir), make_batches, make_mesh(config.train.mesh, devices), stream)
+    run = Run(config, Path(workdir), make_batches, make_mesh(config.train.mesh, devices), stream)
     try:
         with Signals() as signals:
             return run(signals)
@@ -138,21 +132,7 @@ def train(
         raise TrainingError(_why_lost(run.workdir, error)) from error
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pending:
-    """A dispatched step whose metrics have not been read."""
-
-    step: int
-    stage_step: int
-    metrics: Mapping[str, jax.Array]
-    told: tuple[jax.Array, jax.Array] | None  # of all processes: number of a signal, `Fill.numbers`; None for one alone
-    info: Mapping[str, Any]
-    fill: Fill
-    wait_seconds: float
-    compilations: int
-
-
-class _Run:
+class Run:
     """One call of `train`."""
 
     def __init__(self, config: RunConfig, workdir: Path, make_batches: MakeBatches, mesh: Mesh, stream: TextIO | None):
@@ -172,12 +152,16 @@ class _Run:
         self.poll = multihost.Poll(mesh) if self.together else None
         self.told: int | None = None  # a signal to any process, as all have read it
         self.saved_step: int | None = None
+        self.warnings: tuple[str, ...] = ()
         self.start, self.seconds_before = time.monotonic(), 0.0
         self.empty_total = self.empty_in_a_row = 0  # steps that had nothing to train on; in a row within a stage
 
     def __call__(self, signals: Signals) -> TrainResult:
+        """Trains until the end or a signal."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(claimed(self.workdir))
+            train = self.config.train
+            self.watchdog = stack.enter_context(Watchdog(self.workdir, train.hang_seconds, train.hang_exits).watching())
             self.checkpointer = Checkpointer(self.workdir, self.config.train.keep_checkpoints)
             stack.push(self._close)
             state, first, iterator = self._start_or_resume()
@@ -194,6 +178,8 @@ class _Run:
                 stack.callback(self.console.close)
             for writer in self.writers:
                 stack.callback(writer.close)
+            for warning in self.warnings:
+                self.console.say(warning)
             if self.saved_step is not None:
                 self.console.say(f"resuming {self.workdir} at step {step}")
 
@@ -247,8 +233,8 @@ class _Run:
 
     def _start_or_resume(self) -> tuple[TrainState, int, dict[str, Any] | None]:
         """The state, the index of its stage, and the state of that stage's iterator (None for a new one)."""
-        step = self.checkpointer.latest_step()
-        if step is None:
+        found = resume(self.checkpointer, self.workdir, self.config, self._target)
+        if found is None:
             target = self._target(0)
             seed, init_from = self.config.train.seed, self.config.train.init_from
             if init_from:
@@ -257,14 +243,10 @@ class _Run:
                 params = draw_params(self.init_params, seed, shardings_of(target.params))
             params = {**params, SCAFFOLD: self._draw_scaffold(0, target)}
             return first_state(params, seed, *self._optimizer(0), target), 0, None
-        meta = self.checkpointer.read_meta(step)
-        require_same_config(self.workdir, meta["config"], self.config)
-        target = self._target(meta["stage_index"])
-        restored = self.checkpointer.restore(step, target.params, _beside_params(target))
-        self.saved_step, self.seconds_before = step, meta["elapsed_seconds"]
+        self.warnings, self.saved_step, meta = found.warnings, found.step, found.meta
+        self.seconds_before = meta["elapsed_seconds"]
         self.empty_total, self.empty_in_a_row = meta.get("empty_total", 0), meta.get("empty_in_a_row", 0)
-        training = {"scaffold": {}} | restored.training
-        return TrainState(params=restored.params, **training), meta["stage_index"], restored.iterator
+        return found.state, meta["stage_index"], found.iterator
 
     def _stage(self, index: int, state: TrainState, iterator: dict[str, Any] | None, signals: Signals) -> TrainState:
         """Runs a stage from the state's step to the stage's end or a signal."""
@@ -283,7 +265,7 @@ class _Run:
                 self.mesh,
             )
         )
-        log = _Log(self, stage, steps)
+        log = StepLog(self, stage, steps)
         share = multihost.row_share(self.mesh)[1] / jax.process_count()  # of this process in the rows it provides
         with contextlib.ExitStack() as stack:
             try:
@@ -296,6 +278,7 @@ class _Run:
             iterator = batches.get_state()
             while stage_step < stage.steps and not self._asked(signals):
                 asked = time.monotonic()
+                self.watchdog.alive(f"step {step + 1} waits for its data")
                 try:
                     with self._waiting(signals):
                         batch, info = next(batches)
@@ -310,13 +293,16 @@ class _Run:
                 if stage.objective == "reconstruction":
                     vdim.check_views(batch, stage.reconstruction)
                 waited = time.monotonic() - asked
+                self.watchdog.alive(f"step {step + 1} has its data")
                 fill = Fill.of(batch, info)
                 state, metrics = steps(state, place_batch(batch, self.mesh))
                 told = self.poll(signals.received or 0, fill.numbers(share)) if self.poll else None
                 step, stage_step = step + 1, stage_step + 1
                 too_many_bad = log.dispatched(
-                    _Pending(step, stage_step, metrics, told, info, fill, waited, steps.compilations)
+                    Pending(step, stage_step, metrics, told, info, fill, waited, steps.compilations)
                 )
+                if self.mesh.size > 1 and step % (self.config.train.checksum_every or step + 1) == 0:
+                    self._compare_copies(step, state)
                 due = step % self.config.train.checkpoint_every == 0 or stage_step == stage.steps
                 if due or too_many_bad:
                     # Before the save: a step in the checkpoint must not be missing from the log after a kill.
@@ -334,8 +320,21 @@ class _Run:
                 self._save(index, state, iterator)
         return state
 
+    def _compare_copies(self, step: int, state: TrainState) -> None:
+        odd = differing_copies({"params": state.params, **beside_params(state)}, self.mesh)
+        if odd:
+            path, devices = next(iter(odd.items()))
+            where = ", ".join(f"{device} of process {device.process_index}" for device in devices[:4])
+            raise TrainingError(
+                f"step {step}: devices that should hold the same do not: {where} differ in {path}"
+                f"{f' and {len(odd) - 1} more arrays' if len(odd) > 1 else ''}. Nothing of it is saved; start again, "
+                f"without that device if it happens again: the run goes on from checkpoint {self.saved_step}, which "
+                f"may be from after it began: delete it to go on from the one before"
+            )
+
     def _save(self, index: int, state: TrainState, iterator: dict[str, Any]) -> None:
         step = int(state.step)
+        self.watchdog.alive(f"the saving of step {step}")
         meta = {
             "config": to_dict(self.config),
             "stage": self._config(index).name,
@@ -345,9 +344,10 @@ class _Run:
             "elapsed_seconds": self._elapsed(),
             "empty_total": self.empty_total,
             "empty_in_a_row": self.empty_in_a_row,
+            "checksums": checksums({"params": state.params, **beside_params(state)}),
             "version": __version__,
         }
-        self.checkpointer.save(step, state.params, _beside_params(state), iterator, meta)
+        self.checkpointer.save(step, state.params, beside_params(state), iterator, meta)
         self.saved_step = step
 
 
@@ -358,77 +358,3 @@ def _why_lost(workdir: Path, error: Exception) -> str:
         f"or cannot be reached. Start all of them again: the run goes on from "
         f"{'its start' if step is None else f'checkpoint {step}'}. Cause: {cause}"
     )
-
-
-def _beside_params(state: TrainState) -> dict[str, Any]:
-    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    del fields["params"]
-    if not fields["scaffold"]:
-        del fields["scaffold"]
-    return fields
-
-
-class _Log:
-    """Reads metrics a step late, so that reading never keeps the device waiting, and writes the records."""
-
-    def __init__(self, run: _Run, stage: StageConfig, steps: CompiledSteps):
-        self._run, self._stage, self._steps = run, stage, steps
-        self._pending: collections.deque[_Pending] = collections.deque()
-        self._meter = Meter()
-        self._last_time, self._last_compile = time.monotonic(), steps.compile_seconds
-
-    def dispatched(self, pending: _Pending) -> bool:
-        """Takes a step just dispatched, reads those before it; True when too many in a row were bad."""
-        self._pending.append(pending)
-        return any([self._read() for _ in range(len(self._pending) - MAX_IN_FLIGHT)])
-
-    def catch_up(self) -> bool:
-        """Reads all that are left; True when too many in a row were bad."""
-        return any([self._read() for _ in range(len(self._pending))])
-
-    def _read(self) -> bool:
-        run, train, entry = self._run, self._run.config.train, self._pending.popleft()
-        metrics = {key: to_number(value) for key, value in jax.device_get(dict(entry.metrics)).items()}
-        fill = entry.fill
-        if entry.told is not None:
-            number, counts = jax.device_get(entry.told)
-            run.told, fill = run.told or int(number) or None, Fill.of_numbers(counts.tolist())
-        now, compile_seconds = time.monotonic(), self._steps.compile_seconds
-        seconds = (now - self._last_time) - (compile_seconds - self._last_compile)
-        self._last_time, self._last_compile = now, compile_seconds
-        if self._stage.objective == "language":
-            flops = cost.train_flops(run.config.model, fill.used, self._stage.trainable)
-        else:
-            flops = vdim.step_flops(run.config.model, fill.used, self._stage.reconstruction)
-        self._meter.add(fill, flops, entry.wait_seconds, seconds)
-        run.checkpointer.check()
-        run.console.step(self._stage.name)
-        bad = metrics["skipped_in_a_row"]
-        empty = metrics["weight_sum"] == 0
-        run.empty_total += empty
-        run.empty_in_a_row = (run.empty_in_a_row + 1) * empty
-        metrics |= {"empty_total": run.empty_total, "empty_in_a_row": run.empty_in_a_row}
-        if empty:
-            run.console.say(f"step {entry.step}: nothing to train on, skipped ({run.empty_in_a_row} in a row)")
-        elif bad:
-            run.console.say(f"step {entry.step}: loss or gradient is not finite, skipped ({bad} in a row)")
-        if entry.step % train.log_every == 0 or entry.stage_step == self._stage.steps:
-            record = {"stage": self._stage.name, "step": entry.step, "stage_step": entry.stage_step, **metrics}
-            record |= self._meter.take(run.peak)
-            record |= {"compilations": entry.compilations, "compile_seconds": compile_seconds}
-            record |= {f"data/{key}": to_number(value) for key, value in entry.info.items()}
-            for writer in (*run.writers, run.console):
-                writer.write(record)
-        if run.empty_in_a_row >= min(train.max_bad_steps, self._stage.steps):
-            raise TrainingError(self._why_nothing(entry))
-        return not empty and bad >= train.max_bad_steps
-
-    def _why_nothing(self, entry: _Pending) -> str:
-        data = self._stage.data
-        counts = [f"{key} {to_number(value)}" for key, value in entry.info.items() if "dropped" in key and value]
-        return (
-            f"step {entry.step}: {self._run.empty_in_a_row} steps in a row had nothing to train on. Samples dropped so "
-            f"far, the first of them named above: {', '.join(counts) or 'none'}. Mend the data of stage "
-            f"{self._stage.name!r}, source {data.source!r} {to_dict(data)['options']}, and start again: the run goes "
-            f"on from its last checkpoint"
-        )
