@@ -4,6 +4,7 @@ import os
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from absl import flags
 from command_line import CONFIG
@@ -24,6 +25,8 @@ if "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = " ".join(xla_flags)
 
 jax.config.update("jax_num_cpu_devices", 8)
+# What several devices hold is written by one of them where it is small; else each slice would be a program of its own.
+ocp.type_handlers.get_type_handler(jax.Array)._min_slice_bytes_for_replica_parallel = 2**20
 flags.FLAGS.mark_as_parsed()
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from faulty import spoiled
 from jax.sharding import NamedSharding, PartitionSpec
 
 from uhd_jax.config import MeshConfig
@@ -47,17 +48,6 @@ def test_a_flipped_bit_and_an_exchange_are_noticed(bit):
         assert {path for path, value in checksums(TREE | {"kernel": other}).items() if value != kept[path]} == {
             "kernel"
         }
-
-
-def spoiled(array, device):
-    """The array with another first value on one device."""
-    parts = []
-    for shard in array.addressable_shards:
-        part = np.array(shard.data)
-        if shard.device == device:
-            part.reshape(-1)[0] += 1
-        parts.append(jax.device_put(part, shard.device))
-    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
 
 
 @pytest.mark.parametrize(

@@ -234,25 +234,16 @@ def test_a_signal_to_one_or_all_saves_the_same_step_and_one_process_goes_on(
         assert [record["step"] for record in records(workdir)] == list(range(1, step + 3))
 
 
-@pytest.mark.parametrize("killed", [1, 0])
-def test_one_is_killed_the_other_ends_and_all_go_on_from_the_last_checkpoint(together, tmp_path, killed):
+def test_one_is_killed_and_the_other_ends(together, tmp_path):
+    """The other way round, and how both go on: test_survival.py."""
     workdir, config = tmp_path / "run", write(tmp_path / "config.py")
     children = together(workdir, config, 2, argv=ENDLESS, before=QUICK + SLOW)
-    until_step(workdir, 7, children)
-    children[killed].kill()
-    survivor = children[1 - killed]
-    (status,), (shown,) = ended([survivor], seconds=90)  # heartbeat, and what a loaded machine adds
+    until_step(workdir, 4, children)
+    children[1].kill()
+    (status,), (shown,) = ended(children[:1], seconds=90)  # heartbeat, and what a loaded machine adds
     assert status not in (0, None), shown
     assert "cannot go on, most likely because another one ended" in shown or "another task died" in shown, shown
-    newest = saved(workdir)[-1]
-    assert newest >= 3
-    if killed:
-        return
-    last = f"--config.train.stages[0].steps={newest + 2}"
-    statuses, shown = ended(together(workdir, config, 2, argv=[last]))
-    assert statuses == [0, 0], shown
-    assert f"resuming {workdir} at step {newest}" in shown[0]
-    assert [record["step"] for record in records(workdir)] == list(range(1, newest + 3))
+    assert saved(workdir)[-1] >= 3
 
 
 def test_processes_that_do_not_come_are_named(together, tmp_path):
