@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from uhd_jax.checkpoint.faults import FOLDER, CheckpointError, cannot_write, reading, silence_orbax
 from uhd_jax.config import ModelConfig, RunConfig, to_dict
@@ -159,7 +158,7 @@ class Checkpointer:
         """
         folder = self.directory / str(step)
         with reading(folder, ITEMS):
-            return _read(ocp.JsonCheckpointHandler(), folder / "meta")
+            return self._read(ocp.JsonCheckpointHandler(), step, "meta")
 
     def restore(self, step: int, params: Any, training: Any) -> Restored:
         """Reads checkpoint `step` into the given shapes and shardings, on whatever devices they name.
@@ -177,11 +176,19 @@ class Checkpointer:
         folder = self.directory / str(step)
         with reading(folder, ITEMS):
             trees = {
-                name: _read(ocp.StandardCheckpointHandler(), folder / name, ocp.args.StandardRestore(target))
+                name: self._read(ocp.StandardCheckpointHandler(), step, name, ocp.args.StandardRestore(target))
                 for name, target in (("params", params), ("training", training))
             }
-            iterator = _read(ocp.JsonCheckpointHandler(), folder / "iterator")
+            iterator = self._read(ocp.JsonCheckpointHandler(), step, "iterator")
         return Restored(iterator=iterator, meta=self.read_meta(step), **trees)
+
+    def _read(self, handler: Any, step: int, item: str, arguments: Any = None) -> Any:
+        """An item by its handler alone: Orbax's checkpointers would wait for all processes behind it, also for one that
+        has failed."""
+        try:
+            return handler.restore(self._manager.directory / str(step) / item, args=arguments or ocp.args.JsonRestore())
+        finally:
+            handler.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -190,15 +197,6 @@ class Checkpointer:
         except Exception as error:
             self._failed = True
             raise CheckpointError(cannot_write(self.directory, error)) from error
-
-
-def _read(handler: Any, folder: Path, arguments: Any = None) -> Any:
-    """An item by its handler alone: Orbax's checkpointers would wait for all processes behind it, also for one that
-    has failed."""
-    try:
-        return handler.restore(epath.Path(folder), args=arguments or ocp.args.JsonRestore())
-    finally:
-        handler.close()
 
 
 def require_same_config(workdir: str | os.PathLike[str], saved: Mapping[str, Any], config: RunConfig) -> None:
