@@ -9,7 +9,8 @@ from image_files import png_of
 def write_records(folder, count=60, seed=0):
     """Samples with up to three images of many sizes, for the source "json".
 
-    Sample 3 has no answer, 9 an empty one; the image of 5 is missing; 11 has a role that does not exist.
+    Every fourth has more rounds of question and answer before the last one. Sample 3 has no answer, 9 an empty one; the
+    image of 5 is missing; 11 has a role that does not exist.
     """
     random = np.random.default_rng(seed)
     lines = []
@@ -23,6 +24,12 @@ def write_records(folder, count=60, seed=0):
         question = [{"type": "image"} for _ in names] + [{"type": "text", "text": "What? " * int(random.integers(9))}]
         answer = "Words. " * int(random.integers(1, 30))
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        if number % 4 == 0:
+            for round in range(random.integers(1, 5)):
+                shown = names[round : round + 1]
+                said = [{"type": "image"} for _ in shown] + [{"type": "text", "text": "And this? " * (1 + round)}]
+                messages[-2:-2] = [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+                question.remove({"type": "image"}) if shown else None
         lines.append({"messages": messages, "images": names})
     lines[3] = {"messages": [{"role": "user", "content": "only a question"}]}
     lines[5]["images"] = ["absent.png"]

@@ -1,4 +1,4 @@
-"""Buckets from sizes, batches of one bucket, and what padding they cost."""
+"""Buckets from sizes, and batches of one bucket."""
 
 import itertools
 
@@ -10,10 +10,6 @@ from uhd_jax.config import BucketConfig, CompressorConfig, DecoderConfig, ModelC
 from uhd_jax.data.buckets import choose_bucket, fill_of, form_batches, patch_work, plan_buckets, work_of
 from uhd_jax.data.chat import Needs
 from uhd_jax.data.packing import fits, pack, row_needs
-from uhd_jax.data.waste import measure_waste, sample_sizes
-
-QWEN3_8B = DecoderConfig(vocab_size=151936, width=4096, mlp_width=12288, layers=36, heads=32, kv_heads=8, head_dim=128)
-MODEL = ModelConfig(decoder=QWEN3_8B)
 
 
 def random_samples(seed, count=300, sizes=(64, 96, 128)):
@@ -124,15 +120,3 @@ def test_patch_work_is_the_ratio_of_matrix_products():
     assert patch_work(model) == pytest.approx(per_layer * (2 + 2 / 4) / per_token)
     model = ModelConfig(decoder=decoder, tower=tower, compressor=CompressorConfig(after_layer=1), mode="4x")
     assert patch_work(model) == pytest.approx(per_layer * 4 / per_token)
-
-
-@pytest.mark.parametrize("mix", ["photos", "page_scans", "log_uniform"])
-def test_padding_waste_of_real_settings(mix):
-    """448-pixel views, rows of 4900 tokens: little text and few slots are padding, and a second bucket helps."""
-    sizes = sample_sizes(mix, 3000)
-    assert sizes == sample_sizes(mix, 3000) and sizes != sample_sizes(mix, 3000, seed=1)
-    one, two = (measure_waste(sizes, MODEL, 4900, budget) for budget in (1, 2))
-    assert one.left_out == two.left_out == 0 and (len(one.buckets), len(two.buckets)) == (1, 2)
-    assert max(one.tokens, two.tokens) < 0.06 and max(one.slots, two.slots) < 0.08
-    assert two.patches < 0.12 and two.patches < one.patches < 0.22
-    assert two.work < one.work < 0.07

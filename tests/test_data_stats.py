@@ -11,17 +11,27 @@ import tiny
 from data_files import write_records
 
 from uhd_jax.analysis.data_stats import StageData, stage_report
-from uhd_jax.config import BucketConfig, ChatConfig, DataConfig, PreResizeConfig, SlicingConfig, TrainConfig
+from uhd_jax.config import (
+    AugmentConfig,
+    BucketConfig,
+    ChatConfig,
+    DataConfig,
+    PreResizeConfig,
+    SlicingConfig,
+    TrainConfig,
+)
 from uhd_jax.data.index import open_index
 from uhd_jax.data.sources import make_source
 from uhd_jax.data.tokenizer import load_tokenizer
-from uhd_jax.data.windows import FEWER_SLICES, MALFORMED, REFUSED, TOO_LONG, UNTRAINED, WindowPlanner
+from uhd_jax.data.windows import FEWER_SLICES, KEPT, MALFORMED, REFUSED, TOO_LONG, TURNS_CUT, UNTRAINED, WindowPlanner
 
 MODEL = dataclasses.replace(
     tiny.MODEL,
     tower=dataclasses.replace(tiny.MODEL.tower, patch_size=14),
     slicing=SlicingConfig(scale_resolution=112, max_slices=6),
 )
+AUGMENT = AugmentConfig(resize_probability=0.7, jpeg_probability=0.5, ocr_probability=0.5)
+HALF = PreResizeConfig(refill_probability=0.5)
 TRAIN = TrainConfig(stages=(tiny.stage(),), packing_window=32)
 
 
@@ -42,6 +52,13 @@ BUCKETS = (BucketConfig(slots=8, tokens=200, patches=64), BucketConfig(slots=14,
 @pytest.mark.parametrize(
     ("changes", "chat"),
     [
+        (dict(buckets=BUCKETS[:1], augment=AUGMENT, max_aspect_ratio=5.0, packed_length=200), ChatConfig()),
+        (dict(packed_length=170, too_long="drop"), ChatConfig()),
+        (dict(packed_length=130, too_long="fewer_slices", pre_resize=HALF), ChatConfig()),
+        (
+            dict(packed_length=110, template="vicuna_v1"),
+            ChatConfig(layout="A", system="Answer briefly.", turn_end="<|im_end|>"),
+        ),
         (dict(buckets=BUCKETS), ChatConfig()),
         (dict(buckets=BUCKETS[:1], max_slices=4, scale_resolution=168), ChatConfig(use_image_id=False)),
         (dict(packed_length=220, slots=7), ChatConfig(system="Answer.")),
@@ -60,17 +77,22 @@ def test_what_becomes_of_a_sample_is_what_training_does(data, changes, chat):
     assert fit.buckets == planner.buckets
     counters = Counter()
     for place in range(len(source)):
-        sample, problem = planner._encode(place, planner.buckets)
+        prepared, problems = planner._prepare(place, planner.buckets)
         number = int(planner._stream[place])
-        counters.update([problem.counter] if problem else [])
-        assert fit.kept[number] == (sample is not None)
-        if sample:
+        counters.update(problem.counter for problem in problems)
+        assert fit.kept[number] == (prepared is not None)
+        if prepared:
+            sample = prepared.sample
+            assert (fit.limits[number], fit.rounds[number]) == prepared.reduction
             needs = (fit.tokens[number], fit.views[number], fit.largest[number])
             assert needs == sample.needs
             assert fit.patches[number] == sum(plan.patches for plan in sample.plans)
             assert fit.trained[number] == sample.trained.sum()
     assert fit.counters == dict(counters)
-    assert fit.counters[REFUSED] == fit.counters[MALFORMED] == 1 and fit.counters.get(TOO_LONG, 0) > 0
+    assert fit.counters[MALFORMED] == 1 and fit.counters.get(TOO_LONG, 0) > 0
+    assert fit.counters[REFUSED] == 1 or seen.stage.max_aspect_ratio
+    assert (fit.counters.get(TURNS_CUT, 0) > 0) == (seen.stage.too_long == "cut_turns")
+    assert FEWER_SLICES not in fit.counters or seen.stage.too_long != "drop"
 
 
 def test_reasons_are_given_with_examples(data):
@@ -92,9 +114,7 @@ def test_more_programs_waste_less(data):
     one, own, four = (found["padding"] for found in report["bucket_lists"])
     assert 0 < four["work"] < own["work"] < one["work"] < 0.9
     assert (
-        report["kept"]
-        == fit.kept.sum()
-        == 60 - sum(count for name, count in fit.counters.items() if name != FEWER_SLICES)
+        report["kept"] == fit.kept.sum() == 60 - sum(count for name, count in fit.counters.items() if name not in KEPT)
     )
     assert report["tokens"]["max"] == fit.tokens.max() <= 300
     assert report["samples"] == 60 and report["image_height"]["min"] >= 20

@@ -6,7 +6,7 @@ import pytest
 from uhd_jax.batch import Bucket
 from uhd_jax.config import BucketConfig, ChatConfig, SlicingConfig
 from uhd_jax.data.chat import ImagePart, Message, Needs, encode_chat
-from uhd_jax.data.packing import encode_to_fit, fill_batch, fits, pack, row_needs
+from uhd_jax.data.packing import fill_batch, fits, pack, row_needs
 from uhd_jax.data.tokenizer import byte_tokenizer
 from uhd_jax.slicing.pixels import cut_views
 from uhd_jax.slicing.plan import Size, make_plan
@@ -66,21 +66,6 @@ def test_rows_of_text_alone_need_no_slots():
 def test_a_sample_larger_than_a_row_is_an_error():
     with pytest.raises(ValueError, match="sample 1 needs"):
         pack([Needs(1, 1, 1), Needs(11, 1, 1)], BucketConfig(slots=2, tokens=10, patches=1))
-
-
-def test_slices_are_given_up_one_by_one_until_a_sample_fits():
-    rng = np.random.default_rng(0)
-    limits = []
-
-    def encode(limit):
-        limits.append(limit)
-        return sample(rng, [(336, 336)], max_slices=limit)[0]
-
-    row = BucketConfig(slots=6, tokens=200, patches=64)
-    fitted, limit = encode_to_fit(encode, 9, [row])
-    assert limits == [9, 8, 7, 6, 5] and limit == 5 and fitted.needs.views == 5  # four slices: five is no better grid
-    assert encode_to_fit(encode, 9, [BucketConfig(slots=1, tokens=20, patches=64)]) == (None, 0)
-    assert encode_to_fit(encode, 9, [row, BucketConfig(slots=10, tokens=200, patches=64)])[1] == 9
 
 
 def test_arrays_of_a_batch():

@@ -91,3 +91,13 @@ def test_step_scale_and_wrong_arguments():
         recipe("A9", DATA, rows=8)
     with pytest.raises(ConfigError, match="data for 3 stages"):
         recipe("in_house", DATA[:3], rows=8)
+
+
+def test_images_are_altered_as_in_the_scripts():
+    stages = [from_config_dict(stage, StageConfig, "stage") for stage in recipe("in_house", DATA, 8)]
+    scripts = [from_config_dict(stage, StageConfig, "stage") for stage in recipe("released_script", DATA, 8)]
+    assert [stage.augment.ocr_probability for stage in stages] == [0, 0, 0.7, 0.7]
+    assert [stage.augment.resize_probability for stage in stages] == [0, 0, 0, 0.5]
+    assert [stage.augment.jpeg_probability for stage in stages] == [0, 0, 0, 0.2]
+    assert {stage.max_aspect_ratio for stage in stages} == {10}
+    assert (stages[3].augment.jpeg_quality, scripts[3].augment.jpeg_quality) == ((75, 95), (6, 26))

@@ -12,12 +12,11 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from uhd_jax.config import BucketConfig, ModelConfig, StageConfig
-from uhd_jax.data.chat import EncodedSample, encode_chat
-from uhd_jax.data.packing import encode_to_fit
-from uhd_jax.data.sources import Source
+from uhd_jax.config import BucketConfig
+from uhd_jax.data.chat import EncodedSample
+from uhd_jax.data.prepare import Prepared, Preparer
 from uhd_jax.data.tokenizer import StreamDecoder, Tokenizer
-from uhd_jax.slicing.plan import plan_image
+from uhd_jax.slicing.sizes import Size
 from uhd_jax.slicing.viewer import PAGE_WIDTH, draw_slices
 
 SpanKind = Literal["text", "trained", "mark", "visual"]
@@ -44,54 +43,60 @@ class SampleView:
     """A sample as encoded for a stage."""
 
     where: str
-    max_slices: int  # with which it fits into a row; 0: it does not, and is dropped
-    encoded: EncodedSample  # one view per image where it does not fit
-    images: list[np.ndarray]  # uint8[H, W, 3]
+    fits: bool  # into a row; else it is dropped, and this is it with one view per image
+    prepared: Prepared
+    sizes: list[Size]  # of its images as they are, those that were cut with their turns left out
+    images: list[np.ndarray]  # uint8[H, W, 3], altered
     spans: tuple[Span, ...]
 
+    @property
+    def encoded(self) -> EncodedSample:
+        """The sample as ids."""
+        return self.prepared.sample
+
     def to_json(self) -> dict[str, Any]:
-        """JSON types only."""
+        """JSON types only. `max_slices` is 0 for a sample that is dropped."""
         tokens, views, patches = self.encoded.needs
+        limit, rounds = self.prepared.reduction
         return {
             "where": self.where,
-            "max_slices": self.max_slices,
+            "max_slices": limit if self.fits else 0,
+            "rounds_cut": rounds,
+            "images_cut": self.prepared.first_image,
             "tokens": tokens,
             "trained_tokens": int(self.encoded.trained.sum()),
             "visual_tokens": int((self.encoded.view >= 0).sum()),
             "views": views,
             "largest_view_patches": patches,
             "images": [plan.to_json() for plan in self.encoded.plans],
+            "alterations": [
+                alteration.to_json(size) for alteration, size in zip(self.prepared.alterations, self.sizes, strict=True)
+            ],
             "spans": [span._asdict() for span in self.spans],
         }
 
 
-def view_sample(
-    source: Source, sample: int, stage: StageConfig, model: ModelConfig, tokenizer: Tokenizer
-) -> SampleView:
-    """Encodes a sample for a stage, with the number of slices that it would be trained with.
+def view_sample(preparer: Preparer, sample: int, epoch: int, tokenizer: Tokenizer) -> SampleView:
+    """Encodes a sample as it is trained on in an epoch of a stage.
 
     Args:
-      source: the samples.
+      preparer: of the stage.
       sample: number of one, from 0.
-      stage: limit of slices, length of rows.
-      model: of the stage (`ModelConfig.for_stage`).
+      epoch: from 0; decides what chance does to the images.
       tokenizer: of the model.
 
     Raises:
       SourceError, ImageRefused, ChatError: the sample cannot be used.
     """
-    messages, images = source.messages(sample), source.images(sample)
-    sizes = source.sizes(sample)
-
-    def encode(limit: int) -> EncodedSample:
-        plans = [plan_image(size, model, max_slices=limit) for size in sizes]
-        return encode_chat(messages, plans, tokenizer, model.chat)
-
+    source, stage = preparer.source, preparer.stage
+    messages, sizes = source.messages(sample), source.sizes(sample)
     unlimited = 2**31
     own_row = BucketConfig(stage.slots or unlimited, stage.packed_length, unlimited)
-    encoded, limit = encode_to_fit(encode, stage.max_slices, stage.buckets or (own_row,))
-    encoded = encoded or encode(1)
-    return SampleView(source.where(sample), limit, encoded, images, tuple(_spans(encoded, tokenizer)))
+    fitted = preparer.prepare(sample, epoch, messages, sizes, stage.buckets or (own_row,))
+    prepared = fitted or preparer.smallest(sample, epoch, messages, sizes)
+    spans = tuple(_spans(prepared.sample, tokenizer))
+    sizes = sizes[prepared.first_image :]
+    return SampleView(source.where(sample), fitted is not None, prepared, sizes, preparer.images(prepared), spans)
 
 
 def to_text(view: SampleView, colours: bool) -> str:
@@ -101,7 +106,7 @@ def to_text(view: SampleView, colours: bool) -> str:
       view: the sample.
       colours: trained tokens stand on green, and the images are drawn in blocks; else [[trained]] stands in brackets.
     """
-    lines = [_headline(view), *(f"image {k + 1}: {_describe(plan)}" for k, plan in enumerate(view.encoded.plans)), ""]
+    lines = [_headline(view), *(f"image {k}: {text}" for k, text in enumerate(_descriptions(view), 1)), ""]
     if colours:
         lines += [_blocks(image) for image in view.images[:_DRAWN_IMAGES]]
     if not colours:
@@ -164,16 +169,23 @@ def _finished(span: Span) -> Span:
 
 def _headline(view: SampleView) -> str:
     numbers = view.to_json()
-    fits = f"at most {view.max_slices} slices per image" if view.max_slices else "DROPPED: too long for every row"
+    fits = f"at most {numbers['max_slices']} slices per image" if view.fits else "DROPPED: too long for every row"
+    if rounds := numbers["rounds_cut"]:
+        fits += f"; the oldest {f'{rounds} rounds' if rounds > 1 else 'round'} of question and answer cut"
     return (
         f"{view.where}\n{numbers['tokens']} tokens, {numbers['visual_tokens']} of them visual and "
         f"{numbers['trained_tokens']} trained; {numbers['views']} view{'s' * (numbers['views'] != 1)}; {fits}"
     )
 
 
-def _describe(plan: Any) -> str:
-    grid = f"{plan.grid} slices (rows x cols)" if plan.slices else "not sliced"
-    return f"{plan.image} (height x width), {grid}, {plan.visual_tokens} visual tokens"
+def _descriptions(view: SampleView) -> Iterator[str]:
+    """Of each image: sizes, slices, and what was done to it."""
+    for plan, alteration, size in zip(view.encoded.plans, view.prepared.alterations, view.sizes, strict=True):
+        grid = f"{plan.grid} slices (rows x cols)" if plan.slices else "not sliced"
+        resized = f" resized to {alteration.size}" if alteration.size != size else ""
+        compressed = f", JPEG of quality {alteration.jpeg_quality}" if alteration.jpeg_quality else ""
+        worn = ", worn as a scan" if alteration.ocr_seed >= 0 else ""
+        yield f"{size} (height x width){resized}{compressed}{worn}, {grid}, {plan.visual_tokens} visual tokens"
 
 
 def _printable(text: str) -> str:

@@ -65,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--programs", type=positive, metavar="N", help="at most (default: the stage's bucket_budget)")
     show = add("show", "one sample as the model will see it: views, and text with the trained tokens apart")
     show.add_argument("sample", type=not_negative, metavar="N", help="its number, from 0")
+    show.add_argument(
+        "--epoch",
+        type=not_negative,
+        default=0,
+        metavar="E",
+        help="of the stage, from 0 (default); chance differs in each",
+    )
     show.add_argument("--out", type=file_to_write, metavar="F.png", help="draw it")
     show.add_argument(
         "--colour",
@@ -200,11 +207,12 @@ def _stats_text(report: dict[str, Any]) -> str:
 
 def _bucket_table(lists: Sequence[dict[str, Any]]) -> list[str]:
     """Lists of buckets, and beside each what padding it costs."""
-    lines = [f"{'padding in %':24}{'tokens':>8}{'slots':>8}{'patches':>8}{'work':>8}{'dropped':>9}{'fewer slices':>14}"]
+    columns = f"{'tokens':>8}{'slots':>8}{'patches':>8}{'work':>8}{'dropped':>9}{'fewer slices':>14}{'turns cut':>11}"
+    lines = [f"{'padding in %':24}{columns}"]
     for one in lists:
         shares = one["padding"].values()
         cells = "".join(f"{'-' if share is None else f'{100 * share:.1f}':>8}" for share in shares)
-        lines.append(f"{one['name']:24}{cells}{one['dropped']:>9,}{one['fewer_slices']:>14,}")
+        lines.append(f"{one['name']:24}{cells}{one['dropped']:>9,}{one['fewer_slices']:>14,}{one['turns_cut']:>11,}")
         for b in one["buckets"]:
             lines.append(f"    rows of {b['tokens']} tokens, {b['slots']} views of {b['patches']} patches")
     return lines
@@ -234,13 +242,21 @@ def _plan(arguments: argparse.Namespace, config: RunConfig) -> None:
 def _wasted(one: dict[str, Any]) -> tuple[float, ...]:
     """What speaks against a list of buckets: lost samples, then padded work, then programs to compile."""
     work = one["padding"]["work"]
-    return one["dropped"], one["fewer_slices"], math.inf if work is None else work, len(one["buckets"])
+    return (
+        one["dropped"],
+        one["turns_cut"],
+        one["fewer_slices"],
+        math.inf if work is None else work,
+        len(one["buckets"]),
+    )
 
 
 def _show(arguments: argparse.Namespace, config: RunConfig) -> None:
     from uhd_jax.analysis import sample_view
+    from uhd_jax.data.prepare import Preparer
     from uhd_jax.data.sources import make_source
     from uhd_jax.data.tokenizer import load_tokenizer
+    from uhd_jax.data.windows import stage_seed
 
     stage = _one(_stages(arguments, config), "show")
     model = config.model.for_stage(stage)
@@ -248,7 +264,8 @@ def _show(arguments: argparse.Namespace, config: RunConfig) -> None:
     if arguments.sample >= len(source):
         raise UsageError(f"{arguments.sample}: the source has {len(source)} samples, numbered from 0")
     tokenizer = load_tokenizer(model.chat.tokenizer, model.chat)
-    view = sample_view.view_sample(source, arguments.sample, stage, model, tokenizer)
+    preparer = Preparer(source, stage, model, tokenizer, stage_seed(stage, config.train))
+    view = sample_view.view_sample(preparer, arguments.sample, arguments.epoch, tokenizer)
     if arguments.out:
         with whole_file(arguments.out) as partial:
             sample_view.draw(view).save(partial, format="PNG")

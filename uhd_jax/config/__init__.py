@@ -27,6 +27,7 @@ from uhd_jax.config.model import (
 )
 from uhd_jax.config.run import (
     PARTS,
+    AugmentConfig,
     BucketConfig,
     DataConfig,
     MeshConfig,
@@ -38,6 +39,7 @@ from uhd_jax.config.run import (
 )
 
 __all__ = [
+    "AugmentConfig",
     "BucketConfig",
     "COMPRESSORS",
     "CONNECTORS",

@@ -353,8 +353,10 @@ class ModelConfig:
 
     def for_stage(self, stage: StageConfig) -> ModelConfig:
         """The same model with the slicing and the prompt form of a stage."""
+        limits = self.slicing.limits
         slicing = dataclasses.replace(
             self.slicing,
+            limits=dataclasses.replace(limits, max_aspect_ratio=stage.max_aspect_ratio or limits.max_aspect_ratio),
             scale_resolution=stage.scale_resolution or self.slicing.scale_resolution,
             pre_resize=stage.pre_resize,
         )

@@ -48,6 +48,25 @@ class ReconstructionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to the images of a stage, drawn anew for every sample in every epoch (spec: v4 section 1.10)."""
+
+    resize_probability: float = 0.0  # of another area in the same shape, mostly for one to twice as many slices
+    jpeg_probability: float = 0.0  # of compressing an image that was given another area
+    jpeg_quality: tuple[int, ...] = (75, 95)  # Pillow's, lowest and highest
+    ocr_probability: float = 0.0  # of noise, blur, other colours or sharpness, as scans and photographs of pages have
+    ocr_parts: tuple[str, ...] = ()  # names of the parts of a mixture that `ocr_probability` is for; empty: all data
+
+    def __post_init__(self):
+        for key in ("resize_probability", "jpeg_probability", "ocr_probability"):
+            value = getattr(self, key)
+            require(0 <= value <= 1, key, f"{value} is not a probability, from 0 to 1")
+        quality = self.jpeg_quality
+        known = len(quality) == 2 and 1 <= quality[0] <= quality[1] <= 100
+        require(known, "jpeg_quality", f"{list(quality)} must be the lowest and the highest quality, from 1 to 100")
+
+
+@dataclasses.dataclass(frozen=True)
 class StageConfig:
     """One stage of the recipe (spec: v4 section 1.10)."""
 
@@ -64,9 +83,13 @@ class StageConfig:
     tower_learning_rate_factor: float = 1.0
     accumulation: int = 1  # micro-batches per step; divides rows
     max_slices: int = 9
+    # The last thing that is tried before a sample is dropped whose tokens or views are too many for a row.
+    too_long: Literal["cut_turns", "fewer_slices", "drop"] = "cut_turns"
+    max_aspect_ratio: float = 0.0  # of images, in place of slicing.limits.max_aspect_ratio; 0 keeps it
+    augment: AugmentConfig = AugmentConfig()
     scale_resolution: int = 0  # replaces slicing.scale_resolution during the stage; 0 keeps it
     pre_resize: PreResizeConfig = PreResizeConfig()  # takes the place of slicing.pre_resize during the stage
-    template: Literal["", "chatml", "vicuna_v1", "plain"] = ""  # replaces chat.template during the stage
+    template: Literal["", "chatml", "vicuna_v1", "plain", "jinja"] = ""  # replaces chat.template during the stage
     sample_weight_power: float = 1.0  # 0.5: a sample of L trained tokens weighs L**0.5 (stage 4)
     slots: int = 0  # view slots per row; 0: chosen by the bucket planner
     buckets: tuple[BucketConfig, ...] = ()  # empty: chosen by the bucket planner
@@ -77,6 +100,8 @@ class StageConfig:
     def __post_init__(self):
         require_at_least(self, 1, "steps", "rows", "packed_length", "accumulation", "max_slices", "bucket_budget")
         require_at_least(self, 0, "warmup_steps", "slots", "scale_resolution", "learning_rate", "learning_rate_min")
+        ratio = self.max_aspect_ratio
+        require(ratio == 0 or ratio >= 1, "max_aspect_ratio", f"must be at least 1, or 0 for the model's, not {ratio}")
         divides = self.rows % self.accumulation == 0
         require(divides, "accumulation", f"{self.accumulation} does not divide rows {self.rows}")
         for part in self.trainable:

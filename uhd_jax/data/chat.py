@@ -26,6 +26,7 @@ from uhd_jax.slicing.layout import COMMA, Separator, ViewRun, visual_block
 from uhd_jax.slicing.plan import Plan
 
 ROLES = ("system", "user", "assistant")
+_THOUGHT = re.compile(f"{THINK_START}(.*?){THINK_END}(.*)", re.DOTALL)
 
 
 class ChatError(ValueError):
@@ -110,9 +111,10 @@ def encode_chat(
     In a turn, visual blocks and stripped texts are joined by newlines. Trained are the answers with the mark of their
     end, `chat.turn_end`. The first token of a sample is never trained: nothing predicts it.
 
-    "chatml": the empty think block that `chat.empty_think` puts before the last answer is not trained. With
-    `chat.train_turn_marks` also trained are the headings of answers and, everywhere outside visual blocks, turn marks
-    and newlines; and the sample ends with a newline. So does the released v2 code for Qwen2.
+    "chatml": the empty think block that `chat.empty_think` puts before the last answer is not trained, and left out
+    where that answer begins with a thought of its own; tags around such a thought are marks if the tokenizer has them.
+    With `chat.train_turn_marks` also trained are the headings of answers and, everywhere outside visual blocks, turn
+    marks and newlines; and the sample ends with a newline. So does the released v2 code for Qwen2.
     "plain", for stages of captions: one turn with images and one answer, of which caption and newline are trained. The
     user's texts and `chat.system` are left out.
     "jinja": trained are the answers' texts and the mark of their end that follows.
@@ -142,6 +144,8 @@ def encode_chat(
         if thinking is not None:
             chat = dataclasses.replace(chat, empty_think=not thinking)
         pieces = _TEMPLATES[chat.template](messages, blocks, chat, generate)
+        if chat.template == "chatml" and tokenizer.has(THINK_START) and tokenizer.has(THINK_END):
+            pieces = _with_thoughts(pieces)
     if generate:
         pieces = ((item, False) for item, _ in pieces)
     return _to_ids(pieces, plans, tokenizer, chat)
@@ -168,7 +172,7 @@ def _check(messages: Sequence[Message], plans: Sequence[Plan], generate: bool) -
             raise ChatError(f"role {message.role!r} is not one of {ROLES}")
         if message.role != "user" and any(not isinstance(part, str) for part in message.parts):
             raise ChatError(f"only user messages can hold images, not the role {message.role!r}")
-    shown = [index for message in messages for part in message.parts for index in _shown(part)]
+    shown = [index for message in messages for part in message.parts for index in shown_images(part)]
     if shown != list(range(len(plans))):
         raise ChatError(
             f"messages show the images {shown}, but there are {len(plans)} images; each must be shown once, in order"
@@ -177,7 +181,8 @@ def _check(messages: Sequence[Message], plans: Sequence[Plan], generate: bool) -
         raise ChatError("the last message is an answer already; nothing to generate")
 
 
-def _shown(part: str | ImagePart | VideoPart) -> Iterable[int]:
+def shown_images(part: str | ImagePart | VideoPart) -> Sequence[int]:
+    """The images of a sample, by index, that a part of a message shows."""
     if isinstance(part, str):
         return ()
     return (part.index,) if isinstance(part, ImagePart) else range(part.first, part.first + part.pictures)
@@ -191,14 +196,27 @@ def _chatml(messages: Sequence[Message], blocks: _Blocks, chat: ChatConfig, gene
         if number > 0:
             yield "\n", False
         yield from _all((_Mark(chat.turn_start), f"{message.role}\n"), trained and chat.train_turn_marks)
-        if [number] == answers[-1:] and not generate:
+        content = _content(message, blocks, chat)
+        thinks = trained and content and _THOUGHT.match(content[0])
+        if [number] == answers[-1:] and not generate and not thinks:
             yield from _all(think, False)
-        yield from _all((*_content(message, blocks, chat), _Mark(chat.turn_end)), trained)
+        yield from _all((*content, _Mark(chat.turn_end)), trained)
     if generate:
         opening = (_Mark(THINK_START), "\n") if chat.open_think else ()
         yield from _all(("\n", _Mark(chat.turn_start), "assistant\n", *(think or opening)), False)
     elif chat.train_turn_marks:
         yield "\n", True
+
+
+def _with_thoughts(pieces: Iterable[_Piece]) -> Iterator[_Piece]:
+    """The tags around the thought that an answer begins with, as marks."""
+    for item, trained in pieces:
+        found = _THOUGHT.match(item) if trained and isinstance(item, str) else None
+        if found:
+            thought, rest = found.groups()
+            yield from _all((_Mark(THINK_START), thought, _Mark(THINK_END), rest), True)
+        else:
+            yield item, trained
 
 
 def _vicuna(messages: Sequence[Message], blocks: _Blocks, chat: ChatConfig, generate: bool) -> Iterator[_Piece]:
@@ -314,7 +332,7 @@ def _blocks(messages: Sequence[Message], plans: Sequence[Plan], chat: ChatConfig
         with_id = chat.layout == "v4" and chat.use_image_id
         start = [_Mark(chat.image_id_start), str(number), _Mark(chat.image_id_end)] if with_id else []
         plain = dataclasses.replace(chat, use_image_id=False)
-        pictures = (_block(plans, plain, index, number, chat.video_placeholder) for index in _shown(part))
+        pictures = (_block(plans, plain, index, number, chat.video_placeholder) for index in shown_images(part))
         blocks[part] = [*start, *itertools.chain.from_iterable(pictures)]
     return blocks
 

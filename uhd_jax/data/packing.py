@@ -7,7 +7,7 @@ depends on nothing but the sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -27,26 +27,6 @@ def row_needs(samples: Iterable[Needs]) -> Needs:
     """What samples ask of the row they share."""
     tokens, views, patches = zip(*samples, strict=True)
     return Needs(sum(tokens), sum(views), max(patches))
-
-
-def encode_to_fit(
-    encode: Callable[[int], EncodedSample], max_slices: int, rows: Sequence[BucketConfig]
-) -> tuple[EncodedSample | None, int]:
-    """The sample with as many slices per image as fit into a row of its own.
-
-    Args:
-      encode: makes the sample for a given limit of slices per image.
-      max_slices: the limit to begin with.
-      rows: the shapes of rows; one of them must fit.
-
-    Returns:
-      The sample and the limit with which it was made; (None, 0) when even one view per image is too much.
-    """
-    for limit in range(max_slices, 0, -1):
-        sample = encode(limit)
-        if any(fits(sample.needs, row) for row in rows):
-            return sample, limit
-    return None, 0
 
 
 def pack(samples: Sequence[Needs], row: BucketConfig) -> list[list[int]]:

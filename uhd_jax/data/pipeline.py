@@ -25,14 +25,14 @@ from absl import flags
 from uhd_jax.batch import Batch, Bucket
 from uhd_jax.config import ConfigError, ModelConfig, StageConfig, TrainConfig
 from uhd_jax.data.buckets import Fill, fill_of
-from uhd_jax.data.chat import EncodedSample
 from uhd_jax.data.dropped import DroppedList
 from uhd_jax.data.packing import fill_batch
+from uhd_jax.data.prepare import Prepared
 from uhd_jax.data.sources import Source, SourceError
 from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from uhd_jax.data.windows import (
     COUNTERS,
-    FEWER_SLICES,
+    KEPT,
     MALFORMED,
     REFUSED,
     START,
@@ -42,7 +42,6 @@ from uhd_jax.data.windows import (
     Window,
     WindowPlanner,
 )
-from uhd_jax.slicing.pixels import cut_views
 from uhd_jax.slicing.plan import ImageRefused
 
 REPORTS = 20  # samples per stage and counter that are named in the log
@@ -146,7 +145,7 @@ class BatchIterator:
     def _report(self, problems: Sequence[Problem]) -> None:
         """Logs each sample once: it comes again in every epoch. Here, because workers have no log that is shown."""
         for index, counter, reason in problems:
-            if self._dropped and counter != FEWER_SLICES:
+            if self._dropped and counter not in KEPT:
                 self._dropped.add(self._planner.where(index), counter, reason)
             reported = self._reported[counter]
             if index in reported or len(reported) > REPORTS:
@@ -275,11 +274,11 @@ class _RenderedBatchIterator(grain.DatasetIterator):
         share = len(packed.rows) // count
         numbers = packed.rows[index * share : (index + 1) * share]
         wanted = sorted({i for row in numbers for i in row})
-        loaded = dict(zip(wanted, self._pool.map(lambda i: self._load(*window.samples[i]), wanted), strict=True))
+        loaded = dict(zip(wanted, self._pool.map(lambda i: self._load(window.samples[i]), wanted), strict=True))
         problems = window.problems if number == 0 else []
         problems = problems + [problem for problem in loaded.values() if isinstance(problem, Problem)]
         views = {i: found for i, found in loaded.items() if not isinstance(found, Problem)}
-        rows = [[(window.samples[i][1], views[i]) for i in row if i in views] for row in numbers]
+        rows = [[(window.samples[i].sample, views[i]) for i in row if i in views] for row in numbers]
         shape = packed.bucket
         bucket = Bucket(share, shape.slots, shape.tokens, shape.patches, planner.model.tower.patch_dim)
         slot_tokens = planner.model.visual_tokens(bucket.patches)
@@ -300,14 +299,11 @@ class _RenderedBatchIterator(grain.DatasetIterator):
         )
         return batch, info, problems, self._position
 
-    def _load(self, index: int, sample: EncodedSample) -> list[np.ndarray] | Problem:
+    def _load(self, prepared: Prepared) -> list[np.ndarray] | Problem:
         """The views of a sample, unless an image turns out to be damaged."""
-        planner = self._planner
+        planner, index = self._planner, prepared.index
         try:
-            images = planner.source.images(index)
-            patch_size = planner.model.tower.patch_size
-            pairs = zip(images, sample.plans, strict=True)
-            return [view for image, plan in pairs for view in cut_views(image, plan, patch_size)]
+            return planner.preparer.views(prepared)
         except ImageRefused as error:
             return Problem(index, REFUSED, str(error))
         except SourceError as error:  # it was readable when it was planned

@@ -6,6 +6,7 @@ A *mark* is an added token that steers the model: `<|im_end|>`, `<image>`, `<thi
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from uhd_jax.config import ChatConfig
 TEMPLATE_FILE = "chat_template.jinja"
 THINK_START = "<think>"
 THINK_END = "</think>"
+_REMEMBERED = 256  # texts whose ids are kept: a sample that does not fit is encoded again and again
 
 
 class TokenizerError(ValueError):
@@ -48,6 +50,7 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise TokenizerError(f"tokenizer {name}: not a tokenizer.json ({error})") from None
         self._library.encode_special_tokens = True  # that is: encode them as the text they are
+        self._ids_of = functools.lru_cache(_REMEMBERED)(self._encode)
         self._marks = {token["content"]: token["id"] for token in added if _is_mark(token)}
         self._hidden = {token["id"] for token in added if token["special"]}
         ids = set(self._marks.values())
@@ -66,7 +69,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; marks written in it are encoded like any other characters."""
-        return self._library.encode(text, add_special_tokens=False).ids
+        return list(self._ids_of(text))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._library.encode(text, add_special_tokens=False).ids)
 
     def special(self, text: str) -> int:
         """Id of a mark, e.g. `<|im_end|>`.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import sys
 from collections import Counter
@@ -19,23 +20,26 @@ import numpy as np
 
 from uhd_jax.config import BucketConfig, ConfigError, ModelConfig, StageConfig, TrainConfig, to_dict
 from uhd_jax.data.buckets import PackedBatch, form_batches, patch_work, plan_buckets
-from uhd_jax.data.chat import ChatError, EncodedSample, Message, encode_chat
-from uhd_jax.data.packing import encode_to_fit
+from uhd_jax.data.chat import ChatError, Message
+from uhd_jax.data.fitting import Reduction
+from uhd_jax.data.prepare import Prepared, Preparer
 from uhd_jax.data.sources import Source, SourceError
 from uhd_jax.data.sources.mixture import Mixture, Stream
 from uhd_jax.data.tokenizer import Tokenizer
-from uhd_jax.slicing.plan import ImageRefused, plan_image
+from uhd_jax.slicing.plan import ImageRefused
 
 PLANNING_SAMPLES = 2048  # that the bucket planner sees
 FINGERPRINT_SAMPLES = 256  # evenly spaced, whose texts tell one source from another
 
 # Counters: what happened to samples that are not trained on as they are.
 FEWER_SLICES = "samples_with_fewer_slices"  # to fit into a row
-TOO_LONG = "samples_dropped_too_long"  # even with one view per image
+TURNS_CUT = "samples_with_turns_cut"  # the oldest, to fit into a row
+TOO_LONG = "samples_dropped_too_long"  # even with all of that
 REFUSED = "samples_dropped_bad_image"  # `ImageRefused` on opening or on decoding
 MALFORMED = "samples_dropped_bad_record"  # `SourceError`, or turns for which the prompt form has no place
 UNTRAINED = "samples_dropped_without_answer"
-COUNTERS = (FEWER_SLICES, TOO_LONG, REFUSED, MALFORMED, UNTRAINED)
+COUNTERS = (FEWER_SLICES, TURNS_CUT, TOO_LONG, REFUSED, MALFORMED, UNTRAINED)
+KEPT = (FEWER_SLICES, TURNS_CUT)  # are trained on, though not whole
 BROKEN = (REFUSED, MALFORMED, UNTRAINED)  # of which `TrainConfig.max_broken_samples` allows a share
 
 JUDGED_AFTER = 1000  # samples; before, a few broken ones are no share to judge by
@@ -62,7 +66,7 @@ class Window:
     """A planned window."""
 
     batches: list[PackedBatch]  # rows of indices into `samples`
-    samples: list[tuple[int, EncodedSample]]  # with their index in the source
+    samples: list[Prepared]
     following: Position
     problems: list[Problem]  # of the samples that came in with this window
 
@@ -84,13 +88,14 @@ class WindowPlanner:
         self.stage = stage
         self.model = model
         self.source = source
-        self._tokenizer = tokenizer
         self._window = train.packing_window
         self._max_broken = train.max_broken_samples
         self._seed = stage_seed(stage, train)
         if len(source) == 0:
             raise PipelineError(f"stage {stage.name!r}: the source {stage.data.source!r} is empty")
         self._stream = source.stream(self._seed) if isinstance(source, Mixture) else Stream(len(source), self._seed)
+        self._carried: dict[int, Prepared] = {}  # by place: those left over by the last window
+        self.preparer = Preparer(source, stage, model, tokenizer, self._seed)
         self.epoch = self._stream.epoch
         self.buckets = self._given_buckets() or self._planned_buckets()
         data = to_dict(stage.data)
@@ -102,6 +107,7 @@ class WindowPlanner:
             "source": (data, len(source), [self._said(int(index)) for index in spread], self._seed),
             "model": (to_dict(model.slicing), to_dict(model.chat), model.tower.patch_size, model.visual_tokens(4096)),
             "rows": (stage.rows, stage.max_slices, self._window, [to_dict(bucket) for bucket in self.buckets]),
+            "samples": (stage.too_long, to_dict(stage.augment)),
             "vocabulary": tokenizer.vocab_size,
         }
         self.fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -113,29 +119,32 @@ class WindowPlanner:
           PipelineError: an epoch and more has no usable sample.
         """
         places: list[int] = []
-        samples: list[EncodedSample] = []
-        problems: list[Problem] = []
+        samples: list[Prepared] = []
 
-        def take(place: int) -> Problem | None:
-            sample, problem = self._encode(place, self.buckets)
+        def take(place: int) -> list[Problem]:
+            sample, problems = self._prepare(place, self.buckets)
             if sample:
                 places.append(place)
                 samples.append(sample)
-            return problem
+            return problems
 
-        # That some have fewer slices was said when they came in; one that is gone has been lost since.
-        problems += [problem for place in carried if (problem := take(place)) and problem.counter != FEWER_SLICES]
+        problems: list[Problem] = []
+        for place in carried:
+            if place in self._carried:
+                places.append(place)
+                samples.append(self._carried[place])
+            else:  # how some of them were reduced was said when they came in; one that is gone has been lost since
+                problems += (problem for problem in take(place) if problem.counter not in KEPT)
         waiting, end = len(places), start
         while True:
-            problems += filter(None, map(take, range(end, end + self._window)))
+            problems += itertools.chain.from_iterable(map(take, range(end, end + self._window)))
             end += self._window
             rng = np.random.default_rng((self._seed, start))
-            needs = [sample.needs for sample in samples]
+            needs = [prepared.sample.needs for prepared in samples]
             batches, left = form_batches(needs, waiting, self.buckets, self.stage.rows, rng)
             if batches:
-                indices = [self._stream[place] for place in places]
-                following = Position(end, tuple(places[i] for i in left), 0)
-                return Window(batches, list(zip(indices, samples, strict=True)), following, problems)
+                self._carried = {places[i]: samples[i] for i in left}
+                return Window(batches, samples, Position(end, tuple(self._carried), 0), problems)
             counts = Counter(problem.counter for problem in problems)
             self.check_share(counts, end - start)
             if not samples and end - start > self.epoch:
@@ -166,33 +175,24 @@ class WindowPlanner:
         named = getattr(self.source, "where", None)  # a source of the user's own may lack it
         return named(index) if named else f"source {self.stage.data.source}, sample {index}"
 
-    def _encode(self, place: int, rows: tuple[BucketConfig, ...]) -> tuple[EncodedSample | None, Problem | None]:
+    def _prepare(self, place: int, rows: tuple[BucketConfig, ...]) -> tuple[Prepared | None, list[Problem]]:
         """The sample at a place of the stream, unless it is dropped, and what is wrong with it, if something is."""
-        model, max_slices = self.model, self.stage.max_slices
-        index = self._stream[place]
+        index, epoch = self._stream.visit(place)
         try:
             messages, sizes = self.source.messages(index), self.source.sizes(index)
             if self.stage.objective == "language" and not all(map(says_something, messages)):
-                return None, Problem(index, UNTRAINED, "an answer is empty")
-            draws = np.random.default_rng((self._seed, place, 1)).random(len(sizes))  # 1: apart from a window's own
-
-            def encode(limit: int) -> EncodedSample:
-                pairs = zip(sizes, draws, strict=True)
-                plans = [plan_image(size, model, max_slices=limit, draw=draw) for size, draw in pairs]
-                return encode_chat(messages, plans, self._tokenizer, model.chat)
-
-            sample, limit = encode_to_fit(encode, max_slices, rows)
+                return None, [Problem(index, UNTRAINED, "an answer is empty")]
+            prepared = self.preparer.prepare(index, epoch, messages, sizes, rows)
         except ImageRefused as error:
-            return None, Problem(index, REFUSED, str(error))
+            return None, [Problem(index, REFUSED, str(error))]
         except (SourceError, ChatError) as error:
-            return None, Problem(index, MALFORMED, str(error).removeprefix(f"{self.where(index)}: "))
-        if sample is None:
-            return None, Problem(index, TOO_LONG, f"does not fit into a row of {rows[-1]}")
-        if not sample.trained.any():
-            return None, Problem(index, UNTRAINED, "no answer to train on")
-        if limit < max_slices:
-            return sample, Problem(index, FEWER_SLICES, f"{limit} instead of {max_slices} slices per image")
-        return sample, None
+            return None, [Problem(index, MALFORMED, str(error).removeprefix(f"{self.where(index)}: "))]
+        if prepared is None:
+            return None, [Problem(index, TOO_LONG, f"does not fit into a row of {rows[-1]}")]
+        if not prepared.sample.trained.any():
+            return None, [Problem(index, UNTRAINED, "no answer to train on")]
+        given_up = reduction_reasons(prepared.reduction, self.stage.max_slices, len(sizes))
+        return prepared, [Problem(index, counter, reason) for counter, reason in given_up.items()]
 
     def _said(self, index: int) -> Any:
         """The messages of a sample, for the fingerprint: nothing that names a place."""
@@ -214,9 +214,19 @@ class WindowPlanner:
     def _planned_buckets(self) -> tuple[BucketConfig, ...]:
         stage = self.stage
         widest = BucketConfig(slots=stage.slots or sys.maxsize, tokens=stage.packed_length, patches=sys.maxsize)
-        encoded = (self._encode(place, (widest,))[0] for place in range(min(PLANNING_SAMPLES, len(self.source))))
-        needs = [sample.needs for sample in encoded if sample]
+        seen = (self._prepare(place, (widest,))[0] for place in range(min(PLANNING_SAMPLES, len(self.source))))
+        needs = [prepared.sample.needs for prepared in seen if prepared]
         return plan_buckets(needs, stage.packed_length, stage.bucket_budget, patch_work(self.model), stage.slots)
+
+
+def reduction_reasons(reduction: Reduction, max_slices: int, images: int) -> dict[str, str]:
+    """How a sample was reduced, by counter; empty if it was not."""
+    reasons = {}
+    if reduction.max_slices < max_slices and images:
+        reasons[FEWER_SLICES] = f"{reduction.max_slices} instead of {max_slices} slices per image"
+    if rounds := reduction.rounds:
+        reasons[TURNS_CUT] = f"the oldest {f'{rounds} rounds' if rounds > 1 else 'round'} of question and answer cut"
+    return reasons
 
 
 def stage_seed(stage: StageConfig, train: TrainConfig) -> int:

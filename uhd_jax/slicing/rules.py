@@ -89,8 +89,14 @@ def long_side_size(size: Size, config: PreResizeConfig) -> Size:
 
 def refilled_size(size: Size, slices: int, side: int) -> Size:
     """The size enlarged to the area of `slices` slices, truncated; unchanged where it has that area already."""
-    factor = math.sqrt(slices * side**2 / (size.height * size.width))
-    return Size(int(size.height * factor), int(size.width * factor)) if factor > 1 else size
+    area = slices * side**2
+    return with_area(size, area) if area > size.height * size.width else size
+
+
+def with_area(size: Size, area: int) -> Size:
+    """The size in the same shape with about so many pixels; sides truncated, at least one pixel."""
+    factor = math.sqrt(area / (size.height * size.width))
+    return Size(max(int(size.height * factor), 1), max(int(size.width * factor), 1))
 
 
 def _ideal_count(size: Size, side: int) -> int:

@@ -98,6 +98,7 @@ _SHARED: tuple[dict[str, Any], ...] = (
         "learning_rate": 5e-5,
         "learning_rate_min": 1e-5,
         "tower_learning_rate_factor": 0.2,
+        "augment": {"ocr_probability": 0.7},
     },
     {
         "name": "stage4",
@@ -108,8 +109,15 @@ _SHARED: tuple[dict[str, Any], ...] = (
         "learning_rate": 1e-5,
         "learning_rate_min": 1e-6,
         "sample_weight_power": 0.5,
+        "augment": {"resize_probability": 0.5, "jpeg_probability": 0.2, "ocr_probability": 0.7},
     },
 )
+
+# In all stages. The scripts drop samples with images of more extreme sides; the number of programs is ours.
+_IMAGES: dict[str, Any] = {"max_aspect_ratio": 10.0, "bucket_budget": 4}
+
+# The scripts' "75 to 95" goes to a library in which it is the strength of the compression, not the quality.
+_SCRIPT_JPEG = (6, 26)
 
 _VIT = ("tower", "patch_embedding", "position_table", "compressor")
 _SCRIPT_ALL = ("tower", "position_table", "compressor", "connector", "decoder")
@@ -144,6 +152,8 @@ def recipe(name: str, data: Sequence[Mapping[str, Any]], rows: int, step_scale: 
     return [
         {
             **stage,
+            **_IMAGES,
+            "augment": stage.get("augment", {}) | ({"jpeg_quality": _SCRIPT_JPEG} if name == "released_script" else {}),
             "steps": max(1, round(stage["steps"] * step_scale)),
             "warmup_steps": round(stage["warmup_steps"] * step_scale),
             "trainable": trainable,

@@ -15,6 +15,7 @@ from uhd_jax.data.sources.mixture import Mixture, MixtureOptions
 from uhd_jax.data.sources.parquet import Parquet, ParquetOptions
 from uhd_jax.data.sources.protocol import Source, SourceError
 from uhd_jax.data.sources.records import Records, RecordsOptions
+from uhd_jax.data.sources.size_mix import SizeMix, SizeMixOptions
 from uhd_jax.data.sources.tar import TarOptions, TarShards
 
 __all__ = ["SOURCES", "Records", "Source", "SourceError", "SourceKind", "check_data", "make_source"]
@@ -39,6 +40,7 @@ SOURCES: dict[str, SourceKind] = {
     "records": SourceKind(
         RecordsOptions, lambda options, limits: Records.from_jsonl(options.path, limits, options.image_root)
     ),
+    "size_mix": SourceKind(SizeMixOptions, SizeMix),
     "tar": SourceKind(TarOptions, TarShards),
 }
 

@@ -8,6 +8,7 @@ sees the same order, and none has to remember where it stands.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from uhd_jax.data.chat import Message
 from uhd_jax.data.sources.protocol import Source
 from uhd_jax.slicing.plan import Size
 
+_SMALL = 4096  # samples; of fewer a whole epoch is shuffled at once, for which Grain would take milliseconds a place
 _LEAST = 100  # places of the smallest part in a round, so that its share is exact to half a percent
 
 
@@ -57,10 +59,18 @@ class Stream:
 
     def __init__(self, count: int, seed: int):
         self.epoch = count  # places after which it starts again
+        self._seed = seed
         self._numbers = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
 
     def __getitem__(self, place: int) -> int:
-        return int(self._numbers[place])
+        if self.epoch > _SMALL:
+            return int(self._numbers[place])
+        epoch, number = divmod(place, self.epoch)
+        return _permutation(self._seed, epoch, self.epoch)[number]
+
+    def visit(self, place: int) -> tuple[int, int]:
+        """The sample at a place, and how often it came before."""
+        return self[place], place // self.epoch
 
 
 class Mixture:
@@ -107,6 +117,10 @@ class Mixture:
         _, source, number = self._place(index)
         return source.files(number)
 
+    def part(self, index: int) -> str:
+        """The name of the part that a sample belongs to."""
+        return self._parts[self._place(index)[0]].name
+
     def where(self, index: int) -> str:
         """The part's name, and the place in its source."""
         part, source, number = self._place(index)
@@ -136,11 +150,21 @@ class MixedStream:
         self._streams = [Stream(count, _seed(seed, part.name)) for part, count in zip(parts, counts, strict=True)]
 
     def __getitem__(self, place: int) -> int:
+        return self.visit(place)[0]
+
+    def visit(self, place: int) -> tuple[int, int]:
+        """The sample at a place, and how often it came before."""
         dealt = self._dealt[place]
         part = int(np.searchsorted(self._ends, dealt, side="right"))
         before = self._ends[part] - self._places[part]
         number = place // self.epoch * self._places[part] + dealt - before  # in the part's own stream
-        return int(self._first[part]) + self._streams[part][int(number)]
+        sample, epoch = self._streams[part].visit(int(number))
+        return int(self._first[part]) + sample, epoch
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(seed: int, epoch: int, count: int) -> list[int]:
+    return np.random.default_rng((seed, epoch)).permutation(count).tolist()
 
 
 def _seed(seed: int, name: str) -> int:

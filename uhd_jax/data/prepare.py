@@ -1,0 +1,111 @@
+"""One sample as a stage trains on it: what chance does to its images, what is left of it in a row, and its pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from uhd_jax.config import BucketConfig, ModelConfig, StageConfig
+from uhd_jax.data.augment import Alteration, Drawn, alter, draw
+from uhd_jax.data.chat import EncodedSample, Message, encode_chat
+from uhd_jax.data.fitting import Reduction, cuttable, reduce_to_fit, without_oldest
+from uhd_jax.data.packing import fits
+from uhd_jax.data.sources.mixture import Mixture
+from uhd_jax.data.sources.protocol import Source
+from uhd_jax.data.tokenizer import Tokenizer
+from uhd_jax.slicing.pixels import cut_views
+from uhd_jax.slicing.plan import plan_image
+from uhd_jax.slicing.sizes import Size
+
+
+class Prepared(NamedTuple):
+    """A sample before its pixels are read."""
+
+    index: int  # in the source
+    sample: EncodedSample
+    reduction: Reduction
+    first_image: int  # of the sample in the source; those before it went with their turns
+    alterations: tuple[Alteration, ...]  # one per image that is left
+
+
+class Preparer:
+    """Prepares the samples of a source for a stage; pickled into worker processes.
+
+    Args:
+      source: the samples.
+      stage: limits of slices and turns, augmentation.
+      model: of the stage (`ModelConfig.for_stage`).
+      tokenizer: of the model.
+      seed: of the stage.
+    """
+
+    def __init__(self, source: Source, stage: StageConfig, model: ModelConfig, tokenizer: Tokenizer, seed: int):
+        self.source, self.stage, self.model = source, stage, model
+        self._tokenizer, self._seed = tokenizer, seed
+
+    def prepare(
+        self,
+        index: int,
+        epoch: int,
+        messages: Sequence[Message],
+        sizes: Sequence[Size],
+        rows: Sequence[BucketConfig],
+    ) -> Prepared | None:
+        """What the stage trains on in an epoch.
+
+        Args:
+          index: of the sample.
+          epoch: how often it came before.
+          messages: its conversation.
+          sizes: of its images.
+          rows: the shapes of rows; one of them must have room for it.
+
+        Returns:
+          The sample; None when it fits into no row.
+
+        Raises:
+          ImageRefused: an image cannot be sliced.
+          ChatError: the prompt form has no place for the conversation.
+        """
+        drawn = self.drawn(index, epoch, sizes)
+        tried: dict[Reduction, Prepared] = {}
+
+        def fits_somewhere(reduction: Reduction) -> bool:
+            tried[reduction] = self._encode(index, messages, drawn, reduction)
+            return any(fits(tried[reduction].sample.needs, row) for row in rows)
+
+        stage = self.stage
+        found = reduce_to_fit(fits_somewhere, stage.too_long, stage.max_slices, cuttable(messages))
+        return tried[found] if found else None
+
+    def smallest(self, index: int, epoch: int, messages: Sequence[Message], sizes: Sequence[Size]) -> Prepared:
+        """The whole conversation with one view per image, whether it fits or not."""
+        return self._encode(index, messages, self.drawn(index, epoch, sizes), Reduction(1))
+
+    def drawn(self, index: int, epoch: int, sizes: Sequence[Size]) -> list[Drawn]:
+        """What chance decides about the images of a sample."""
+        stage = self.stage
+        part = self.source.part(index) if isinstance(self.source, Mixture) else ""
+        return draw(sizes, stage.augment, self.model.slicing, stage.max_slices, (self._seed, index, epoch), part)
+
+    def images(self, prepared: Prepared) -> list[np.ndarray]:
+        """The images that are left, altered: uint8[H, W, 3] each. Raises as `Source.images`."""
+        images = self.source.images(prepared.index)[prepared.first_image :]
+        return [alter(image, alteration) for image, alteration in zip(images, prepared.alterations, strict=True)]
+
+    def views(self, prepared: Prepared) -> list[np.ndarray]:
+        """The patches of all views, as of `cut_views`. Raises as `Source.images`."""
+        patch_size = self.model.tower.patch_size
+        pairs = zip(self.images(prepared), prepared.sample.plans, strict=True)
+        return [view for image, plan in pairs for view in cut_views(image, plan, patch_size)]
+
+    def _encode(
+        self, index: int, messages: Sequence[Message], drawn: Sequence[Drawn], reduction: Reduction
+    ) -> Prepared:
+        kept, first = without_oldest(messages, reduction.rounds)
+        left = drawn[first:]
+        plans = [plan_image(d.alteration.size, self.model, None, reduction.max_slices, d.refill) for d in left]
+        sample = encode_chat(kept, plans, self._tokenizer, self.model.chat)
+        return Prepared(index, sample, reduction, first, tuple(d.alteration for d in left))
