@@ -12,7 +12,7 @@ def write_records(folder, count=60, seed=0):
     Every fourth has more rounds of question and answer before the last one. Sample 3 has no answer, 9 an empty one; the
     image of 5 is missing; 11 has a role that does not exist.
     """
-    random = np.random.default_rng(seed)
+    random, more = np.random.default_rng(seed), np.random.default_rng((seed, 1))
     lines = []
     for number in range(count):
         names = []
@@ -25,7 +25,7 @@ def write_records(folder, count=60, seed=0):
         answer = "Words. " * int(random.integers(1, 30))
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         if number % 4 == 0:
-            for round in range(random.integers(1, 5)):
+            for round in range(more.integers(1, 5)):
                 shown = names[round : round + 1]
                 said = [{"type": "image"} for _ in shown] + [{"type": "text", "text": "And this? " * (1 + round)}]
                 messages[-2:-2] = [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]

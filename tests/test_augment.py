@@ -73,9 +73,11 @@ def test_enhancement_can_be_for_some_parts_of_a_mixture():
 
 def test_nothing_configured_changes_nothing():
     sizes = [squares(count) for count in range(1, 10)]
-    assert [d.alteration for d in draw(sizes, AugmentConfig(), SLICING, 9, (0, 0, 0))] == list(map(Alteration, sizes))
+    assert [d.alteration for d in draw(sizes, AugmentConfig(), SLICING, 9, (0, 0, 0))] == [
+        Alteration(size, size) for size in sizes
+    ]
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-    assert alter(image, Alteration(Size(20, 30))) is image
+    assert alter(image, Alteration(Size(20, 30), Size(20, 30))) is image
 
 
 def test_pixels_have_the_size_that_was_announced_and_the_same_key_gives_the_same():
@@ -83,14 +85,20 @@ def test_pixels_have_the_size_that_was_announced_and_the_same_key_gives_the_same
     image = np.broadcast_to(rows[:, None, None], (60, 90, 3)).copy()
     image[:, 45:] = 255 - image[:, 45:]
     for seed in range(12):
-        alteration = Alteration(Size(83, 120), jpeg_quality=6 + 5 * seed, ocr_seed=seed)
+        alteration = Alteration(Size(60, 90), Size(83, 120), jpeg_quality=6 + 5 * seed, ocr_seed=seed)
         altered = alter(image, alteration)
         assert altered.dtype == np.uint8 and altered.shape == (83, 120, 3)
         np.testing.assert_array_equal(altered, alter(image, alteration))
-        still = np.corrcoef(altered[..., 1].ravel(), alter(image, Alteration(Size(83, 120)))[..., 1].ravel())[0, 1]
+        still = np.corrcoef(
+            altered[..., 1].ravel(), alter(image, Alteration(Size(60, 90), Size(83, 120)))[..., 1].ravel()
+        )[0, 1]
         assert still > 0.5  # still the same picture
-    coarse, fine = (alter(image, Alteration(Size(60, 90), quality)).astype(int) - image for quality in (6, 95))
+    coarse, fine = (
+        alter(image, Alteration(Size(60, 90), Size(60, 90), quality)).astype(int) - image for quality in (6, 95)
+    )
     assert np.abs(coarse).mean() > 2 * np.abs(fine).mean() > 0
+    with pytest.raises(ValueError, match=r"image is uint8\[60, 90, 3\], announced was uint8\[60, 91, 3\]"):
+        alter(image, Alteration(Size(60, 91), Size(60, 90)))
 
 
 def test_wear_is_of_several_kinds():

@@ -96,7 +96,7 @@ def test_plan_prefers_a_shorter_list_that_wastes_less(capsys, given, monkeypatch
     def bucket_list(name, data, fit):
         padding = {"tokens": 0.5, "slots": 0.5, "patches": 0.5, "work": next(wastes)}
         buckets = [{"slots": 1, "tokens": 1, "patches": 1}] * int(name[0])
-        return {"name": name, "buckets": buckets, "dropped": 0, "fewer_slices": 0, "padding": padding}
+        return {"name": name, "buckets": buckets, "dropped": 0, "turns_cut": 0, "fewer_slices": 0, "padding": padding}
 
     monkeypatch.setattr("uhd_jax.analysis.data_stats.bucket_list", bucket_list)
     (plan,) = json.loads(call(capsys, "data", "plan", *given, "--programs=4", "--json")[1])["stages"]
@@ -138,9 +138,27 @@ def test_show_draws_views_and_text(capsys, config_file, conversation, tmp_path):
 
 def test_show_says_that_a_sample_is_dropped(capsys, config_file, conversation):
     argv = ("data", "show", "0", f"--config={config_file}", "--source=json", f"--option=path={conversation}")
-    status, out, _ = call(capsys, *argv)
+    status, out, _ = call(capsys, *argv, "--config.train.stages[0].too_long=fewer_slices")
     assert status == 0 and "DROPPED: too long" in out and "not sliced" in out
+    cut = call(capsys, *argv)[1]
+    assert "; the oldest round of question and answer cut" in cut and "Noise." not in cut and "[[No.<|im_end|>]]" in cut
     assert call(capsys, *argv, "--config.train.stages[0].packed_length=110")[1].count("slice 2") == 1
+
+
+def test_show_alters_images_as_an_epoch_does(capsys, config_file, conversation):
+    argv = ("data", "show", "0", f"--config={config_file}", ROOMY, "--source=json", f"--option=path={conversation}")
+    augment = "--config.train.stages[0].augment"
+    argv += tuple(f"{augment}.{key}_probability=1.0" for key in ("resize", "jpeg", "ocr"))
+    argv += ("--config.train.stages[0].max_slices=40",)  # so that there is room for more slices
+    shown = [json.loads(call(capsys, *argv, f"--epoch={epoch}", "--json")[1]) for epoch in (0, 1, 0)]
+    ((first,), (second,), (again,)) = (one["alterations"] for one in shown)
+    assert first == again != second and set(first) == {"resized", "jpeg_quality", "ocr_seed"}
+    assert shown[0]["images"][0]["image"] == first["resized"]
+    height, width = first["resized"]
+    told = (
+        f"600x900 (height x width) resized to {height}x{width}, JPEG of quality {first['jpeg_quality']}, worn as a scan"
+    )
+    assert told in call(capsys, *argv)[1]
 
 
 def test_lines_are_wrapped_without_losing_a_character():

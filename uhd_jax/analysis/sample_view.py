@@ -16,7 +16,6 @@ from uhd_jax.config import BucketConfig
 from uhd_jax.data.chat import EncodedSample
 from uhd_jax.data.prepare import Prepared, Preparer
 from uhd_jax.data.tokenizer import StreamDecoder, Tokenizer
-from uhd_jax.slicing.sizes import Size
 from uhd_jax.slicing.viewer import PAGE_WIDTH, draw_slices
 
 SpanKind = Literal["text", "trained", "mark", "visual"]
@@ -45,7 +44,6 @@ class SampleView:
     where: str
     fits: bool  # into a row; else it is dropped, and this is it with one view per image
     prepared: Prepared
-    sizes: list[Size]  # of its images as they are, those that were cut with their turns left out
     images: list[np.ndarray]  # uint8[H, W, 3], altered
     spans: tuple[Span, ...]
 
@@ -69,9 +67,7 @@ class SampleView:
             "views": views,
             "largest_view_patches": patches,
             "images": [plan.to_json() for plan in self.encoded.plans],
-            "alterations": [
-                alteration.to_json(size) for alteration, size in zip(self.prepared.alterations, self.sizes, strict=True)
-            ],
+            "alterations": [alteration.to_json() for alteration in self.prepared.alterations],
             "spans": [span._asdict() for span in self.spans],
         }
 
@@ -95,8 +91,7 @@ def view_sample(preparer: Preparer, sample: int, epoch: int, tokenizer: Tokenize
     fitted = preparer.prepare(sample, epoch, messages, sizes, stage.buckets or (own_row,))
     prepared = fitted or preparer.smallest(sample, epoch, messages, sizes)
     spans = tuple(_spans(prepared.sample, tokenizer))
-    sizes = sizes[prepared.first_image :]
-    return SampleView(source.where(sample), fitted is not None, prepared, sizes, preparer.images(prepared), spans)
+    return SampleView(source.where(sample), fitted is not None, prepared, preparer.images(prepared), spans)
 
 
 def to_text(view: SampleView, colours: bool) -> str:
@@ -180,12 +175,13 @@ def _headline(view: SampleView) -> str:
 
 def _descriptions(view: SampleView) -> Iterator[str]:
     """Of each image: sizes, slices, and what was done to it."""
-    for plan, alteration, size in zip(view.encoded.plans, view.prepared.alterations, view.sizes, strict=True):
+    for plan, alteration in zip(view.encoded.plans, view.prepared.alterations, strict=True):
         grid = f"{plan.grid} slices (rows x cols)" if plan.slices else "not sliced"
-        resized = f" resized to {alteration.size}" if alteration.size != size else ""
+        resized = f" resized to {alteration.size}" if alteration.size != alteration.image else ""
         compressed = f", JPEG of quality {alteration.jpeg_quality}" if alteration.jpeg_quality else ""
         worn = ", worn as a scan" if alteration.ocr_seed >= 0 else ""
-        yield f"{size} (height x width){resized}{compressed}{worn}, {grid}, {plan.visual_tokens} visual tokens"
+        altered = f"{resized}{compressed}{worn}"
+        yield f"{alteration.image} (height x width){altered}, {grid}, {plan.visual_tokens} visual tokens"
 
 
 def _printable(text: str) -> str:

@@ -25,13 +25,14 @@ _DRAWS = 6  # numbers per image
 class Alteration(NamedTuple):
     """What is done to an image before it is sliced."""
 
+    image: Size  # as announced
     size: Size  # to which it is resized; its own where it is not
     jpeg_quality: int = 0  # 0: not compressed
     ocr_seed: int = -1  # of `worn`; -1: not done
 
-    def to_json(self, image: Size) -> dict[str, Any]:
-        """JSON types only; nothing for an image of this size that stays as it is."""
-        facts: dict[str, Any] = {"resized": list(self.size)} if self.size != image else {}
+    def to_json(self) -> dict[str, Any]:
+        """JSON types only; nothing for an image that stays as it is."""
+        facts: dict[str, Any] = {"resized": list(self.size)} if self.size != self.image else {}
         facts |= {"jpeg_quality": self.jpeg_quality} if self.jpeg_quality else {}
         return facts | ({"ocr_seed": self.ocr_seed} if self.ocr_seed >= 0 else {})
 
@@ -73,6 +74,7 @@ def draw(
         counts = resized_counts(size, slicing.scale_resolution, max_slices)
         resizes = resize < augment.resize_probability and counts
         alteration = Alteration(
+            size,
             with_area(size, counts[int(count * len(counts))] * slicing.scale_resolution**2) if resizes else size,
             low + int(quality * (high - low + 1)) if resizes and jpeg < augment.jpeg_probability else 0,
             int(ocr / worn * 2**31) if ocr < worn else -1,
@@ -97,9 +99,14 @@ def alter(image: np.ndarray, alteration: Alteration) -> np.ndarray:
 
     Returns:
       uint8 of `alteration.size`.
+
+    Raises:
+      ValueError: the image is not of the size that was announced.
     """
+    if image.dtype != np.uint8 or image.shape != (*alteration.image, 3):
+        raise ValueError(f"image is {image.dtype}{list(image.shape)}, announced was uint8{[*alteration.image, 3]}")
     height, width = alteration.size
-    if image.shape[:2] != (height, width):
+    if alteration.size != alteration.image:
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
     if alteration.jpeg_quality:
         file = io.BytesIO()
