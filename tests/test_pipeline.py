@@ -28,7 +28,7 @@ from uhd_jax.data.demo import DigitPages
 from uhd_jax.data.pipeline import CLOSING, REPORTS, make_iterator
 from uhd_jax.data.sources import Records
 from uhd_jax.data.tokenizer import byte_tokenizer
-from uhd_jax.data.windows import FEWER_SLICES, MALFORMED, REFUSED, TOO_LONG, UNTRAINED, PipelineError
+from uhd_jax.data.windows import FEWER_SLICES, MALFORMED, REFUSED, TOO_LONG, TURNS_CUT, UNTRAINED, PipelineError
 from uhd_jax.slicing.pixels import cut_views
 from uhd_jax.slicing.plan import ImageRefused, Size, make_plan
 
@@ -61,7 +61,7 @@ class Numbered:
         return [np.random.default_rng(index).integers(0, 256, (*size, 3), np.uint8) for size in self.sizes(index)]
 
 
-def iterator(source, process=(0, 1), model=MODEL, train=None, **stage):
+def iterator(source, process=(0, 1), model=MODEL, train=None, dropped=None, **stage):
     options = {"packed_length": 160, "rows": 4, "bucket_budget": 2} | stage
     stage = StageConfig(
         name="s",
@@ -73,7 +73,7 @@ def iterator(source, process=(0, 1), model=MODEL, train=None, **stage):
         **options,
     )
     train = TrainConfig(stages=(stage,), **({"packing_window": 24} | (train or {})))
-    return make_iterator(stage, model, train, source, TOKENIZER, process)
+    return make_iterator(stage, model, train, source, TOKENIZER, process, dropped)
 
 
 def numbers_of(batch):
@@ -230,6 +230,33 @@ def test_too_long_for_all_slices_gets_fewer_and_is_counted(caplog):
     assert info.counters[FEWER_SLICES] >= info.samples > 0 and info.counters[TOO_LONG] == 0
     assert 1 < info.views / info.images < 10 and "instead of 9 slices" in caplog.text
     batches.close()
+
+
+@pytest.mark.parametrize("too_long", ["cut_turns", "fewer_slices"])
+def test_oldest_turns_are_cut_before_a_sample_is_dropped(caplog, tmp_path, too_long):
+    class Long(Numbered):
+        """Sample 2 has one answer that no row has room for; the others have four rounds, of which three fit."""
+
+        def messages(self, index):
+            rounds = [(Message("user", ("so",)), Message("assistant", ("x" * 20,)))] * 3 * (index != 2)
+            answer = Message("assistant", ("y" * (1 if index != 2 else 300),))
+            return (*sum(rounds, ()), Message("user", (f"<{index}>",)), answer)
+
+    batches = iterator(
+        Long(count=8, images=False), packed_length=125, too_long=too_long, bucket_budget=1, dropped=tmp_path / "a.jsonl"
+    )
+    if too_long == "fewer_slices":
+        with pytest.raises(PipelineError, match=f"no sample .* is usable: {TOO_LONG} 24"):
+            next(batches)
+        return
+    with caplog.at_level(logging.WARNING):
+        batch, info = next(batches)
+    batches.close()
+    assert info.counters[TURNS_CUT] == 7 * info.read // 8 and info.counters[TOO_LONG] == info.read // 8
+    assert info.counters[FEWER_SLICES] == 0 and batch.tokens[0][:125].tolist().count(ord("x")) == 40
+    assert caplog.text.count("the oldest round of question and answer cut") == 7
+    (listed,) = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
+    assert listed["counter"] == TOO_LONG and listed["where"].endswith("sample 2")
 
 
 def test_samples_without_answers_are_counted():
