@@ -96,12 +96,16 @@ def test_what_becomes_of_a_sample_is_what_training_does(data, changes, chat):
 
 
 def test_reasons_are_given_with_examples(data):
-    fit = stage_data(data, buckets=BUCKETS[:1]).fit()
+    fit = stage_data(data, buckets=BUCKETS).fit()
     assert fit.counters[TOO_LONG] > 3 == len(fit.examples[TOO_LONG])
     assert fit.examples[UNTRAINED] == [(3, "no answer to train on"), (9, "an answer is empty")]
     ((number, reason),) = fit.examples[REFUSED]
     assert number == 5 and "absent.png" in reason
     assert all(f"{fit.limits[number]} instead of 6" in reason for number, reason in fit.examples[FEWER_SLICES])
+    for number, reason in fit.examples[TURNS_CUT]:
+        rounds = fit.rounds[number]
+        assert reason == f"the oldest {f'{rounds} rounds' if rounds > 1 else 'round'} of question and answer cut"
+    assert (fit.rounds > 0).sum() == fit.counters[TURNS_CUT] > ((fit.rounds > 0) & (fit.limits < 6)).sum() > 0
 
 
 def test_more_programs_waste_less(data):

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 
 from uhd_jax.config import ChatConfig
@@ -69,10 +70,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; marks written in it are encoded like any other characters."""
-        return list(self._ids_of(text))
+        return self._ids_of(text).tolist()
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._library.encode(text, add_special_tokens=False).ids)
+    def _encode(self, text: str) -> np.ndarray:
+        return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
 
     def special(self, text: str) -> int:
         """Id of a mark, e.g. `<|im_end|>`.
