@@ -10,84 +10,117 @@ import numpy as np
 from PIL import Image
 
 from uhd_jax.data.demo import DigitPages, digit_accuracy, digit_frequencies
-from uhd_jax.generation.assistant import Assistant
+from uhd_jax.evaluation.benchmarks import Outcome, Scored
+from uhd_jax.evaluation.metrics.styles import Style, mean
+from uhd_jax.evaluation.presets import Settings, conversation
+from uhd_jax.evaluation.samples import Sample
 
 PAGES = 200
 BATCH = 50  # pages answered at a time
 SEED = 1  # of the held-out pages; training pages come from other digits whatever their seed
+SETTINGS = Settings("bare", max_new_tokens=48)
+
+_VIEWS = {"with_slices": None, "thumbnail_only": 1}  # limit of slices
 
 
-def evaluate(model: Assistant, folder: Path) -> dict[str, Any]:
-    """Scores a model on held-out pages, and saves one of them as `folder/page.png`.
+class DigitPagesTask:
+    """Transcriptions of pages, then a question about each of as many other pages; all with slices, then all without.
 
-    Returns:
-      accuracy_with_slices, accuracy_thumbnail_only: share of a page's digits that the transcription has in the right
-        place, over all digits of all pages; the same pages, once sliced as the model is configured, once as the
-        thumbnail alone.
-      chance: the share that the best constant answer gets, the commonest digit of the held-out split.
-      questions_with_slices, questions_thumbnail_only: share of questions (one per page) answered exactly.
-      questions_chance: the share that the best constant answer to each kind of question gets.
-      pages, digits: how many.
-      answers: for every prompt the question, the expected answer and both answers.
+    Args:
+      layout: of the model's visual block, which transcriptions mirror.
     """
-    layout = model.config.chat.layout
-    pages = {"split": "held_out", "samples": PAGES, "layout": layout}
-    transcriptions = DigitPages({"task": "page", "seed": SEED, **pages})
-    questions = DigitPages({"task": "questions", "seed": SEED + 1, **pages})
-    _save_page(transcriptions, folder / "page.png")
-    records = []
-    for kind, source in (("transcription", transcriptions), ("question", questions)):
-        asked = [_question(source, index) for index in range(len(source))]
-        images = [source.images(index) for index in range(len(source))]
-        sliced = _answers(model, [question for question, _ in asked], images, None)
-        thumbnails = _answers(model, [question for question, _ in asked], images, 1)
-        records += [
-            {"kind": kind, "question": question, "expected": expected, "with_slices": full, "thumbnail_only": small}
-            for (question, expected), full, small in zip(asked, sliced, thumbnails, strict=True)
-        ]
-    pages = [record for record in records if record["kind"] == "transcription"]
-    asks = [record for record in records if record["kind"] == "question"]
-    return {
-        "accuracy_with_slices": _digits_right(pages, "with_slices", layout),
-        "accuracy_thumbnail_only": _digits_right(pages, "thumbnail_only", layout),
-        "chance": float(digit_frequencies("held_out").max()),
-        "questions_with_slices": _exact(asks, "with_slices"),
-        "questions_thumbnail_only": _exact(asks, "thumbnail_only"),
-        "questions_chance": _constant_answer(asks),
-        "pages": len(pages),
-        "digits": sum(digit_accuracy("", page["expected"], layout)[1] for page in pages),
-        "answers": records,
-    }
 
+    name = "digit_pages"
 
-def _question(source: DigitPages, index: int) -> tuple[str, str]:
-    question, answer = source.messages(index)[:2]
-    return question.parts[-1], answer.parts[0]
+    def __init__(self, layout: str):
+        self._layout = layout
+        pages: dict[str, Any] = {"split": "held_out", "samples": PAGES, "layout": layout}
+        self._sources = {
+            "transcription": DigitPages({"task": "page", "seed": SEED, **pages}),
+            "question": DigitPages({"task": "questions", "seed": SEED + 1, **pages}),
+        }
+        self._rows = [(kind, views, page) for kind in self._sources for views in _VIEWS for page in range(PAGES)]
 
+    def __len__(self) -> int:
+        return len(self._rows)
 
-def _save_page(source: DigitPages, path: Path) -> None:
-    """Saves the largest of the first pages, so that the picture has slices to show."""
-    largest = max(range(20), key=lambda index: np.prod(source.sizes(index)[0]))
-    Image.fromarray(source.images(largest)[0]).save(path)
+    def where(self, index: int) -> str:
+        """Which page, how it is asked about, and how it is seen."""
+        kind, views, page = self._rows[index]
+        return f"digit_pages: {kind} of page {page}, {views}"
 
+    def sample(self, index: int) -> Sample:
+        """One page with one question."""
+        kind, views, page = self._rows[index]
+        source = self._sources[kind]
+        question, answer = source.messages(page)[:2]
+        return Sample(
+            id=f"{kind}/{page}/{views}",
+            question=question.parts[-1],
+            images=tuple(source.images(page)),
+            answers=(answer.parts[0],),
+            category=kind,
+            details={"views": views, "page": page},
+            max_slices=_VIEWS[views],
+        )
 
-def _answers(
-    model: Assistant, questions: Sequence[str], images: Sequence[list[np.ndarray]], max_slices: int | None
-) -> list[str]:
-    answers: list[str] = []
-    for start in range(0, len(questions), BATCH):
-        part = slice(start, start + BATCH)
-        answers += model.generate(questions[part], images[part], max_new_tokens=48, max_slices=max_slices)
-    return answers
+    def prompt(self, sample: Sample) -> str:
+        """The question."""
+        return sample.question
 
+    def conversation(self, sample: Sample, prompt: str, images: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        """A user turn."""
+        return conversation(prompt, tuple(images))
 
-def _digits_right(pages: Sequence[dict[str, str]], key: str, layout: str) -> float:
-    right, total = np.sum([digit_accuracy(page[key], page["expected"], layout) for page in pages], axis=0)
-    return float(right / total)
+    def score(self, sample: Sample, output: str, style: Style) -> Outcome:
+        """Of a transcription the share of digits in the right place, of a question whether the answer is exact."""
+        if sample.category == "transcription":
+            right, total = digit_accuracy(output, sample.answers[0], self._layout)
+            return Outcome(right / total, output.strip())
+        return Outcome(float(output.strip() == sample.answers[0]), output.strip())
 
+    def summarise(self, scored: Sequence[Scored], style: Style) -> dict[str, Any]:
+        """The scores.
 
-def _exact(asks: Sequence[dict[str, str]], key: str) -> float:
-    return float(np.mean([ask[key].strip() == ask["expected"] for ask in asks]))
+        Returns:
+          accuracy_with_slices, accuracy_thumbnail_only: share of a page's digits that the transcription has in the
+            right place, over all digits of all pages; the same pages, once sliced as the model is configured, once as
+            the thumbnail alone.
+          chance: the share that the best constant answer gets, the commonest digit of the held-out split.
+          questions_with_slices, questions_thumbnail_only: share of questions (one per page) answered exactly.
+          questions_chance: the share that the best constant answer to each kind of question gets.
+          pages, digits: how many.
+          answers: for every prompt the question, the expected answer and both answers.
+        """
+        records: dict[tuple[str, int], dict[str, str]] = {}
+        for sample, outcome in scored:
+            key = (sample.category, sample.details["page"])
+            new = {"kind": sample.category, "question": sample.question, "expected": sample.answers[0]}
+            records.setdefault(key, new)[sample.details["views"]] = outcome.parsed
+        pages = [record for record in records.values() if record["kind"] == "transcription"]
+        asks = [record for record in records.values() if record["kind"] == "question"]
+        return {
+            **{f"accuracy_{views}": self._digits_right(pages, views) for views in _VIEWS},
+            "chance": float(digit_frequencies("held_out").max()),
+            **{
+                f"questions_{views}": mean([float(ask.get(views) == ask["expected"]) for ask in asks])
+                for views in _VIEWS
+            },
+            "questions_chance": _constant_answer(asks) if asks else float("nan"),
+            "pages": len(pages),
+            "digits": sum(digit_accuracy("", page["expected"], self._layout)[1] for page in pages),
+            "answers": list(records.values()),
+        }
+
+    def save_page(self, path: Path) -> None:
+        """Saves the largest of the first pages, so that the picture has slices to show."""
+        source = self._sources["transcription"]
+        largest = max(range(20), key=lambda index: np.prod(source.sizes(index)[0]))
+        Image.fromarray(source.images(largest)[0]).save(path)
+
+    def _digits_right(self, pages: Sequence[dict[str, str]], views: str) -> float:
+        counts = [digit_accuracy(page[views], page["expected"], self._layout) for page in pages if views in page]
+        return float(sum(right for right, _ in counts) / sum(total for _, total in counts)) if counts else float("nan")
 
 
 def _constant_answer(asks: Sequence[dict[str, str]]) -> float:
