@@ -28,7 +28,8 @@ class Sample:
     """One question.
 
     `images` are paths, bytes or arrays, opened by whoever asks the model. `answers` are the references, for a choice
-    the letter; `letters` is how many options the text of the question itself lists. `max_slices` is for tasks that ask the same at several resolutions.
+    the letter; `letters` is how many options the text of the question itself lists. `max_slices` is for tasks that ask
+    the same at several resolutions.
     """
 
     id: str
@@ -58,14 +59,17 @@ class Fields:
 
     Args:
       row: of a file.
-      root: folder of the images.
+      folder: of the images.
       limits: of images.
       picture: the base64 of another row, by its index.
       name: of the row where it has no id: its file and number.
     """
 
-    def __init__(self, row: Row, root: ImageRoot, limits: ImageLimits, picture: Callable[[str], Any], name: str):
-        self.row, self._root, self._limits, self._picture, self._name = row, root, limits, picture, name
+    def __init__(
+        self, row: Row, folder: str | os.PathLike, limits: ImageLimits, picture: Callable[[str], Any], name: str
+    ):
+        self.row, self._limits, self._picture, self._name = row, limits, picture, name
+        self._folder, self._root = folder, ImageRoot(folder)
 
     def find(self, names: Sequence[str], default: Any = None) -> Any:
         """The first of the fields that is there and not null."""
@@ -138,7 +142,7 @@ class Fields:
         if picture := self._picture(text):
             return self._image(picture, ())
         tried = ", ".join(dict.fromkeys(name for name in names if name))
-        raise SourceError(f"its image is not there; looked below the image folder for {tried:.300} (see --images)")
+        raise SourceError(f"its image is not there; looked below {self._folder} for {tried:.300} (see --images)")
 
 
 def letter(answer: str, options: Sequence[str]) -> str:
@@ -219,7 +223,7 @@ class Benchmarked:
                 row = self._annotations[key] | row
             folder = self._images or (path if os.path.isdir(path) else Path(path).parent)
             place = os.path.basename(self._tables.where(index))
-            return self._read(Fields(row, ImageRoot(folder), self._limits, self._picture, place), path)
+            return self._read(Fields(row, folder, self._limits, self._picture, place), path)
         except (SourceError, ImageRefused) as error:
             raise SourceError(f"{self._tables.where(index)}: {error}") from None
 
