@@ -34,7 +34,14 @@ ONLY = {
     "torchvision": set(),
     "flax.linen": {"models"},
 }
-OPTIONAL = {"torch", "transformers", "av", "fsspec", "pyarrow"}  # imported where used, with a clear error when absent
+OPTIONAL = {
+    "torch",
+    "transformers",
+    "av",
+    "fsspec",
+    "lmms_eval",
+    "pyarrow",
+}  # imported where used, with a clear error when absent
 MAX_LINES = 450
 
 

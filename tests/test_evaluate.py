@@ -144,10 +144,24 @@ def test_a_missing_shard_is_answered_when_they_are_put_together(evaluate, tmp_pa
     assert status == 0 and [text[6] for text, _ in model.asked] == list("13579"), err
 
 
+def test_processes_take_a_part_each_and_the_first_puts_them_together(evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner.multihost, "join", lambda launch: None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    waited = []
+    monkeypatch.setattr(runner.multihost_utils, "sync_global_devices", waited.append)
+    for process, answered in ((1, "13579"), (0, "02468")):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        status, out, err, model = evaluate("--shard=process")
+        assert status == 0 and "".join(text[6] for text, _ in model.asked) == answered, err
+        assert bool(out) == (tmp_path / "scores.json").exists() == (process == 0)
+    assert waited == ["evaluated"] * 2
+    assert len(read(tmp_path / "scores.jsonl")[1]) == ROWS
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "parts"),
     [
-        (["--shard=3/2"], 2, ["'3/2' is not a part such as 1/4"]),
+        (["--shard=3/2"], 2, ["'3/2' is not a part such as 1/4, nor the word process"]),
         (["--beams=0"], 2, ["--beams"]),
         (["--data=nowhere.json"], 1, ["nowhere.json", "no such file"]),
         (["--images=nowhere"], 1, ["gqa.jsonl:1: ", "nowhere", "--images"]),

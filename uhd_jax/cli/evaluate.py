@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG = "none"
 _WIDTH = 27  # of names of scores
+_OF_PROCESS = (0, 0)  # shards are the processes of the launch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,13 +71,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--devices", type=positive, default=1, metavar="N", help="local devices, each with the whole model"
     )
-    work.add_argument("--shard", type=_shard, metavar="I/N", help="only this part of the rows, from 1/N to N/N")
+    work.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="only this part of the rows, 1/N to N/N; or process: one part for each process of a launch",
+    )
 
 
 def _shard(text: str) -> tuple[int, int]:
+    if text == "process":
+        return _OF_PROCESS
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 1/4")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 1/4, nor the word process")
     return int(found[1]), int(found[2])
 
 
@@ -91,10 +99,17 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
     import uhd_jax
     from uhd_jax.evaluation import runner
 
+    by_process = arguments.shard == _OF_PROCESS
+    if by_process:
+        arguments.shard = runner.process_shard()
     made = _run(arguments, model := uhd_jax.load(arguments.checkpoint))
+    with runner.alone(made), _bar(arguments.task) as progress:
+        runner.answer_all(made, model, progress)
+    if by_process:
+        made = runner.together(made)
+        if made is None:
+            return
     with runner.alone(made):
-        with _bar(arguments.task) as progress:
-            runner.answer_all(made, model, progress)
         summary, lines = runner.finish(made, arguments.metrics)
     write_json(arguments.out, {"task": arguments.task, "metrics": arguments.metrics, **summary})
     if arguments.html:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from uhd_jax.data.sources.protocol import SourceError
 from uhd_jax.evaluation.benchmarks import Outcome, Scored
@@ -27,6 +28,7 @@ from uhd_jax.evaluation.metrics.styles import Style
 from uhd_jax.evaluation.presets import Settings, resized
 from uhd_jax.evaluation.samples import Sample
 from uhd_jax.generation.assistant import Assistant
+from uhd_jax.sharding import multihost
 from uhd_jax.slicing.image_io import open_image
 from uhd_jax.slicing.plan import ImageRefused, Size, plan_image
 
@@ -288,6 +290,18 @@ def finish(run: Run, style: Style) -> tuple[dict[str, Any], list[Line]]:
     partial.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in text), encoding="utf-8")
     os.replace(partial, run.own_file)
     return summary, kept
+
+
+def process_shard() -> Shard:
+    """The part of this process in a launch of several, which are brought together first (`sharding.multihost`)."""
+    multihost.join(multihost.Launch())
+    return Shard(jax.process_index() + 1, jax.process_count())
+
+
+def together(run: Run) -> Run | None:
+    """Waits until all processes have answered. The first one gets the whole to put together, the others None."""
+    multihost_utils.sync_global_devices("evaluated")
+    return dataclasses.replace(run, shard=Shard(1, 1)) if jax.process_index() == 0 else None
 
 
 @contextlib.contextmanager
