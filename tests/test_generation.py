@@ -11,33 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_assistant import CONFIG, SMALL, WIDE, make_assistant
 
 import uhd_jax
 from uhd_jax.checkpoint import CheckpointError, save_model
-from uhd_jax.config import ChatConfig, CompressorConfig, DecoderConfig, ModelConfig, SlicingConfig, TowerConfig
-from uhd_jax.data.tokenizer import byte_tokenizer
-from uhd_jax.generation.assistant import Assistant, PromptError, _room
-from uhd_jax.generation.decode import Sampling, choose_tokens
-from uhd_jax.models import uhd
+from uhd_jax.config import ChatConfig
+from uhd_jax.generation import decode
+from uhd_jax.generation.assistant import Assistant, PromptError
+from uhd_jax.generation.sampling import Sampling, choose, empty_draws, set_draws
+from uhd_jax.generation.shapes import room
 from uhd_jax.slicing.plan import ImageRefused
-
-CONFIG = ModelConfig(
-    decoder=DecoderConfig(272, 32, 48, 2, 4, 2, 8, qk_norm=True),
-    tower=TowerConfig(width=32, mlp_width=44, layers=2, heads=4, table_side=7),
-    compressor=CompressorConfig(after_layer=0),
-    slicing=SlicingConfig(scale_resolution=112),
-    dtype="float32",
-)
-WIDE = np.tile(np.arange(240, dtype=np.uint8)[None, :, None], (100, 1, 3))
-SMALL = np.full((40, 60, 3), 90, np.uint8)
 
 
 @pytest.fixture(scope="module")
 def model():
-    params = jax.jit(uhd.init_params, static_argnums=0)(CONFIG, jax.random.key(3))
-    params = jax.tree.map(lambda leaf: leaf * 1.0, params)
-    params["decoder"]["head"] *= 40  # far from uniform, so that answers differ from prompt to prompt
-    return Assistant(CONFIG, params, byte_tokenizer(), max_length=400)
+    return make_assistant()
 
 
 PROMPTS = ["Hello", "A much longer question about the picture before it?", "And two?"]
@@ -68,12 +56,20 @@ def test_sampling_is_reproducible_and_differs_by_seed(model):
     assert sample(1, top_p=1e-6) == greedy
 
 
+def choose_tokens(logits, samplings, step):
+    draws = empty_draws(len(logits))
+    for row, sampling in enumerate(samplings):
+        set_draws(draws, row, sampling, step, logits.shape[1])
+    return np.asarray(jax.jit(choose)(logits, draws))
+
+
 def test_frequencies_of_sampled_tokens():
     probabilities = np.array([0.5, 0.3, 0.15, 0.05])
     logits = jnp.tile(jnp.log(probabilities), (20_000, 1))
 
     def frequencies(**options):
-        return np.bincount(np.asarray(choose_tokens(logits, Sampling(**options), 0)), minlength=4) / 20_000
+        samplings = [Sampling(**options, stream=row) for row in range(20_000)]
+        return np.bincount(choose_tokens(logits, samplings, 0), minlength=4) / 20_000
 
     np.testing.assert_allclose(frequencies(temperature=1.0), probabilities, atol=0.02)
     np.testing.assert_allclose(frequencies(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], atol=0.02)
@@ -86,9 +82,20 @@ def test_frequencies_of_sampled_tokens():
 
 def test_a_rows_sample_does_not_depend_on_the_other_rows():
     logits = jax.random.normal(jax.random.key(0), (5, 50))
-    sampling = Sampling(temperature=1.0, seed=7)
-    many, few = choose_tokens(logits, sampling, 3), choose_tokens(logits[:2], sampling, 3)
-    np.testing.assert_array_equal(many[:2], few)
+    samplings = [
+        Sampling(temperature=1.0, seed=7),
+        Sampling(),
+        Sampling(temperature=2.0, seed=7, stream=1),
+        Sampling(temperature=0.5, top_k=3, seed=2),
+        Sampling(temperature=1.0, top_p=0.3, seed=2**32 - 1),
+    ]
+    together = choose_tokens(logits, samplings, 3)
+    alone = [choose_tokens(logits[row : row + 1], [sampling], 3)[0] for row, sampling in enumerate(samplings)]
+    np.testing.assert_array_equal(together, alone)
+    assert together[1] == logits[1].argmax()
+    # As drawn before each row had options of its own: by seed, step and row.
+    keys = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 3), 0)
+    assert together[0] == jax.random.categorical(keys, logits[0])
 
 
 NAN, INFINITE = float("nan"), float("inf")
@@ -220,17 +227,17 @@ def test_logits_continue_to_the_greedy_answer(model, layout):
 
 
 def test_similar_prompts_share_programs(model):
-    before = uhd.prefill._cache_size()
+    before = decode.prefill._cache_size()
     for text in ("abcdefgh", "ijklmnopq", "rstuv"):
         model.generate(text, [SMALL], max_new_tokens=3)
-    assert uhd.prefill._cache_size() - before <= 1
+    assert decode.prefill._cache_size() - before <= 1
 
 
 def test_rooms_are_few_and_near():
-    rooms = {_room(n) for n in range(1, 5000)}
+    rooms = {room(n) for n in range(1, 5000)}
     assert len(rooms) < 100
-    assert all(n <= _room(n) <= n * 1.125 + 1 for n in range(1, 5000))
-    assert _room(0) == 0 and _room(3, 16) == 16
+    assert all(n <= room(n) <= n * 1.125 + 1 for n in range(1, 5000))
+    assert room(0) == 0 and room(3, 16) == 16
 
 
 def test_a_saved_model_answers_as_before(model, tmp_path):

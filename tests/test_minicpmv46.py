@@ -24,7 +24,7 @@ from uhd_jax.convert.tables import ConvertError, export_tensors, match
 from uhd_jax.convert.transfer import export_model
 from uhd_jax.data.tokenizer import byte_tokenizer
 from uhd_jax.generation.assistant import Assistant, _abstract_params
-from uhd_jax.generation.decode import Sampling, generate_tokens
+from uhd_jax.generation.request import AnswerOptions
 from uhd_jax.models import uhd
 
 transformers = pytest.importorskip("transformers")
@@ -86,10 +86,8 @@ def test_greedy_answers_are_the_likeliest_tokens_there(case):
     """Of a batch of two prompts, one much longer; followed through in PyTorch, where near ties may go either way."""
     _, theirs, ours, prepared = case
     short = ours.prepare("Hm?")
-    batch = ours._batch([prepared, short], None)
-    answers = generate_tokens(
-        ours.params, ours.config, batch, max_new_tokens=6, stop=(), sampling=Sampling(), cache_length=160
-    )
+    requests = ours.answer([prepared, short], [AnswerOptions(max_new_tokens=6)] * 2, ends=frozenset())
+    answers = [request.tokens for request in requests]
     for asked, answer in zip((prepared, short), answers, strict=True):
         inputs = torch_inputs(asked, ours.config)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([answer])], dim=1)

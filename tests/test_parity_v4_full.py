@@ -16,7 +16,7 @@ import uhd_jax
 from uhd_jax.convert import minicpmv
 from uhd_jax.convert.tables import ConvertError, export_tensors, flatten, import_tensors
 from uhd_jax.generation.assistant import Assistant, PromptError, _abstract_params
-from uhd_jax.generation.decode import Sampling, generate_tokens
+from uhd_jax.generation.request import AnswerOptions
 from uhd_jax.slicing.image_io import open_image
 
 FOLDER = GOLDEN / "v4_full_qwen3_16x"
@@ -81,20 +81,11 @@ def test_logits_in_float64(folder, monkeypatch):
 @every_checkpoint
 def test_greedy_tokens(folder):
     model, io, images, mode = loaded(folder)
-    batch = model._batch([model.prepare(QUESTION, images, mode=mode)], mode)
+    prepared = model.prepare(QUESTION, images, mode=mode)
+    (request,) = model.answer([prepared], [AnswerOptions(max_new_tokens=12)], ends=frozenset())
     length = io["input_ids"].shape[1]
-    tokens = generate_tokens(
-        model.params,
-        model.config,
-        batch,
-        max_new_tokens=12,
-        stop=(),
-        sampling=Sampling(),
-        cache_length=128,
-        mode=mode,
-    )
     expected = json.loads((GOLDEN / folder / "meta.json").read_text())["new_tokens"]
-    assert tokens[0] == expected == io["generated_ids"][0, length:].tolist()
+    assert request.tokens == expected == io["generated_ids"][0, length:].tolist()
 
 
 @every_checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import numbers
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,13 @@ from uhd_jax.convert.families import drops, find_family
 from uhd_jax.convert.source import Source, open_source
 from uhd_jax.data.chat import ChatError, EncodedSample, encode_chat, visual_places
 from uhd_jax.data.packing import fill_batch
-from uhd_jax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from uhd_jax.generation.decode import Sampling, generate_tokens
+from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from uhd_jax.generation.prompt import Conversation, Image, PromptError, Video, as_list, is_single, parse, requests
+from uhd_jax.generation.request import AnswerOptions, Request
+from uhd_jax.generation.runner import Runner
+from uhd_jax.generation.sampling import Sampling
+from uhd_jax.generation.shapes import room, shapes_for
+from uhd_jax.generation.visual import Picture, VisualCache, VisualEncoder
 from uhd_jax.models import uhd
 from uhd_jax.slicing.image_io import open_image
 from uhd_jax.slicing.pixels import cut_views
@@ -30,12 +34,22 @@ from uhd_jax.slicing.plan import ImageRefused, Plan, Size, plan_image
 from uhd_jax.slicing.video import open_video
 
 
+MAX_ROWS = 64  # answers that go on together; of a longer list the next begin where others end
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """What the model sees of one prompt."""
 
     sample: EncodedSample
-    views: tuple[np.ndarray, ...]  # uint8[P, patch_dim] each, merge order, all images in order
+    pictures: tuple[Picture, ...]  # images and pictures of videos, in order
+    patch_size: int
+
+    @functools.cached_property
+    def views(self) -> tuple[np.ndarray, ...]:
+        """uint8[P, patch_dim] each, merge order, all images in order."""
+        cut = (cut_views(picture.pixels, picture.plan, self.patch_size) for picture in self.pictures)
+        return tuple(view for views in cut for view in views)
 
     @property
     def token_ids(self) -> np.ndarray:
@@ -51,7 +65,9 @@ class Prepared:
 class Assistant:
     """A model that answers.
 
-    Every distinct bucket of shapes (prompt length, views, patches, all rounded up) compiles once.
+    Every distinct bucket of shapes (prompts, lengths, views, patches, all rounded up) compiles once. The visual tokens
+    of the last images are kept, so that a conversation goes on without encoding its images again. One thread at a time
+    may ask; `generation.engine` serves many.
 
     Args:
       config: the model.
@@ -70,6 +86,13 @@ class Assistant:
         self.params = params
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.encoder = VisualEncoder(config, params, VisualCache())
+
+    @functools.cached_property
+    def ends(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        chat = self.config.chat
+        return frozenset(self.tokenizer.special(mark) for mark in (chat.turn_end, chat.padding, *chat.stop))
 
     def prepare(
         self,
@@ -114,7 +137,7 @@ class Assistant:
                 f"the prompt has {len(sample.tokens)} tokens ({visual} of them visual), more than "
                 f"max_length={self.max_length}; shorten it or lower max_slices"
             )
-        return Prepared(sample, self._views(pixels, plans))
+        return self._prepared(sample, pixels, plans, mode)
 
     def encode_images(
         self, images: Sequence[Image], *, max_slices: int | None = None, mode: str | None = None
@@ -122,19 +145,12 @@ class Assistant:
         """Visual tokens of each image: float32[visual tokens, D], thumbnail first, then slices in raster order."""
         pixels = self._open(images)
         plans = [self._plan(image, max_slices, mode) for image in pixels]
-        views = self._views(pixels, plans)
-        if not views:
+        pictures = [self._picture(image, plan, mode) for image, plan in zip(pixels, plans, strict=True)]
+        if not pictures:
             return []
-        patches = np.zeros((_room(len(views)), _patch_room(views), views[0].shape[1]), np.uint8)
-        grids = np.zeros((len(patches), 2), np.int32)
-        view_plans = [view for plan in plans for view in plan.views]
-        for index, (view, plan) in enumerate(zip(views, view_plans, strict=True)):
-            patches[index, : len(view)] = view
-            grids[index] = plan.patch_grid
-        features = np.asarray(_encode(self.params, patches, grids, self.config, mode), np.float32)
-        tokens = [f[: plan.visual_tokens] for f, plan in zip(features, view_plans, strict=False)]
-        ends = np.cumsum([len(plan.views) for plan in plans])
-        return [np.concatenate(tokens[end - len(plan.views) : end]) for plan, end in zip(plans, ends, strict=True)]
+        shapes = shapes_for(1, [1], 1, *_views_and_patches(pictures))
+        *_, tokens = self.encoder.encode(pictures, shapes)
+        return [np.asarray(of_image, np.float32) for of_image in tokens]
 
     def logits(
         self,
@@ -174,7 +190,7 @@ class Assistant:
             view[places], view_token[places] = of_view + sum(len(plan.views) for plan in plans), token_of_view
             pixels, plans = pixels + opened, plans + own
         sample = EncodedSample(tokens, np.zeros(len(tokens), bool), view, view_token, tuple(plans))
-        batch = self._batch([Prepared(sample, self._views(pixels, plans))], mode)
+        batch = self._batch(self._prepared(sample, pixels, plans, mode), mode)
         return np.asarray(_logits(self.params, batch, self.config, mode))[0, : len(tokens)]
 
     def generate(
@@ -188,6 +204,10 @@ class Assistant:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        stop: Sequence[str] = (),
+        beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
         max_slices: int | None = None,
         mode: str | None = None,
         thinking: bool | None = None,
@@ -204,6 +224,10 @@ class Assistant:
           top_k: keep the k likeliest tokens when sampling; 0 keeps all.
           top_p: keep the likeliest tokens of this total probability when sampling.
           seed: of sampling, from 0 to 2**32 - 1.
+          stop: texts before which an answer ends.
+          beams: more than 1 for beam search, at most 5, as transformers' `num_beams`; without sampling.
+          length_penalty: of beam search: scores are divided by an answer's length to this power.
+          early_stopping: of beam search: end when `beams` answers are finished.
           max_slices: slices per image at most; None for the config's limit.
           mode: "16x" or "4x"; None for the config's.
           thinking: whether to think first, as in `prepare`.
@@ -218,8 +242,10 @@ class Assistant:
           ValueError: a sampling option out of its range.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
-            raise PromptError(f"max_new_tokens={max_new_tokens!r}: must be a whole number of at least 1")
+        options = AnswerOptions(
+            max_new_tokens, sampling, stop if isinstance(stop, str) else tuple(stop), beams, length_penalty,
+            early_stopping,
+        )  # fmt: skip
         single = is_single(prompt)
         if stream is not None and not single:
             raise PromptError("streaming is for a single prompt")
@@ -227,47 +253,61 @@ class Assistant:
         for index, request in enumerate(requests(prompt, images, videos)):
             try:
                 prepared.append(self.prepare(*request, max_slices=max_slices, mode=mode, thinking=thinking))
-                self._check_room(prepared[-1], max_new_tokens)
+                self.check_room(prepared[-1], max_new_tokens)
             except (PromptError, ImageRefused, TypeError) as error:
                 if single:
                     raise
                 raise type(error)(f"prompt[{index}]: {error}") from error
         if not prepared:
             return []
-        answers = self._continue(prepared, max_new_tokens, sampling, mode, stream)
+        each = [
+            dataclasses.replace(options, sampling=dataclasses.replace(sampling, stream=index))
+            for index in range(len(prepared))
+        ]
+        answers = [request.text for request in self.answer(prepared, each, stream=stream)]
         return answers[0] if single else answers
 
-    def _check_room(self, prepared: Prepared, max_new_tokens: int) -> None:
+    def answer(
+        self,
+        prepared: Sequence[Prepared],
+        options: Sequence[AnswerOptions],
+        *,
+        ends: frozenset[int] | None = None,
+        stream: Callable[[str], None] | None = None,
+    ) -> list[Request]:
+        """Answers prompts together, each with options of its own.
+
+        Args:
+          prepared: what `prepare` made.
+          options: as many.
+          ends: ids that end an answer; None for the model's own.
+          stream: called with each new piece of the first answer's text.
+
+        Returns:
+          The requests, each with its answer's `tokens`, `text` and the `reason` of its end.
+        """
+        ends = self.ends if ends is None else ends
+        tell = (lambda text, _: stream(text)) if stream else None
+        requests = [
+            Request(one.sample, one.pictures, asked, self.tokenizer, ends, None if number else tell)
+            for number, (one, asked) in enumerate(zip(prepared, options, strict=True))
+        ]
+        shapes = shapes_for(
+            min(sum(asked.beams for asked in options), max(MAX_ROWS, options[0].beams)),
+            [len(one.token_ids) for one in prepared],
+            max(asked.max_new_tokens for asked in options),
+            *_views_and_patches([picture for one in prepared for picture in one.pictures]),
+        )
+        Runner(self.config, self.params, self.encoder, shapes).run(requests)
+        return requests
+
+    def check_room(self, prepared: Prepared, max_new_tokens: int) -> None:
+        """Raises PromptError where prompt and answer may become longer than `max_length` together."""
         length = len(prepared.token_ids)
         if length + max_new_tokens > self.max_length:
             raise PromptError(
                 f"a prompt of {length} tokens and max_new_tokens={max_new_tokens} exceed max_length={self.max_length}"
             )
-
-    def _continue(self, prepared, max_new_tokens, sampling, mode, stream) -> list[str]:
-        batch = self._batch(prepared, mode)
-        longest = max(len(p.token_ids) for p in prepared)
-        decoder = StreamDecoder(self.tokenizer)
-
-        def on_tokens(tokens):
-            if tokens[0] >= 0 and (text := decoder.push(int(tokens[0]))):
-                stream(text)
-
-        chat = self.config.chat
-        answers = generate_tokens(
-            self.params,
-            self.config,
-            batch,
-            max_new_tokens=max_new_tokens,
-            stop={self.tokenizer.special(mark) for mark in (chat.turn_end, chat.padding, *chat.stop)},
-            sampling=sampling,
-            cache_length=_room(max(batch.tokens.shape[1], longest + max_new_tokens)),
-            mode=mode,
-            on_tokens=on_tokens if stream else None,
-        )
-        if stream and (rest := decoder.flush()):
-            stream(rest)
-        return [self.tokenizer.decode(answer) for answer in answers[: len(prepared)]]
 
     def _open(self, images: Sequence[Image]) -> list[np.ndarray]:
         return [open_image(image, self.config.slicing.limits) for image in as_list(images, "image")]
@@ -282,24 +322,29 @@ class Assistant:
     def _plan(self, image: np.ndarray, max_slices: int | None, mode: str | None) -> Plan:
         return plan_image(Size(*image.shape[:2]), self.config, mode, max_slices)
 
-    def _views(self, pixels: Sequence[np.ndarray], plans: Sequence[Plan]) -> tuple[np.ndarray, ...]:
-        side = self.config.tower.patch_size
-        return tuple(view for image, plan in zip(pixels, plans, strict=True) for view in cut_views(image, plan, side))
+    def _picture(self, pixels: np.ndarray, plan: Plan, mode: str | None) -> Picture:
+        return Picture(pixels, plan, mode or self.config.mode)
 
-    def _batch(self, prepared: Sequence[Prepared], mode: str | None) -> Batch:
-        """One prompt per row; every static shape rounded up, so that similar prompts share a program."""
+    def _prepared(
+        self, sample: EncodedSample, pixels: Sequence[np.ndarray], plans: Sequence[Plan], mode: str | None
+    ) -> Prepared:
+        pictures = tuple(self._picture(image, plan, mode) for image, plan in zip(pixels, plans, strict=True))
+        return Prepared(sample, pictures, self.config.tower.patch_size)
+
+    def _batch(self, prepared: Prepared, mode: str | None) -> Batch:
+        """A batch of one prompt; every static shape rounded up, so that similar prompts share a program."""
+        views, patches = _views_and_patches(prepared.pictures)
         bucket = Bucket(
-            rows=_room(len(prepared)),
-            slots=_room(max(len(p.views) for p in prepared)),
-            tokens=_room(max(len(p.token_ids) for p in prepared), 32),
-            patches=_patch_room([view for p in prepared for view in p.views]),
+            rows=1,
+            slots=room(views),
+            tokens=room(len(prepared.token_ids), 32),
+            patches=room(max(patches, 16), 16),
             patch_dim=self.config.tower.patch_dim,
         )
         slot_tokens = self.config.visual_tokens(bucket.patches, mode)
-        return fill_batch([[(p.sample, p.views)] for p in prepared], bucket, slot_tokens)
+        return fill_batch([[(prepared.sample, prepared.views)]], bucket, slot_tokens)
 
 
-_encode = jax.jit(uhd.encode_views, static_argnames=("config", "mode"))
 _logits = jax.jit(uhd.logits, static_argnames=("config", "mode"))
 
 
@@ -316,16 +361,10 @@ def _checked_ids(token_ids: Any, vocab_size: int) -> np.ndarray:
     return ids.astype(np.int32)
 
 
-def _room(count: int, smallest: int = 1) -> int:
-    """`count` rounded up to one of 8 sizes per power of two: few programs, at most 1/8 of padding."""
-    if count <= smallest:
-        return smallest if count else 0
-    step = max(smallest, 2 ** (count.bit_length() - 1) // 8)
-    return -(-count // step) * step
-
-
-def _patch_room(views: Sequence[np.ndarray]) -> int:
-    return _room(max((len(view) for view in views), default=16), 16)
+def _views_and_patches(pictures: Sequence[Picture]) -> tuple[int, int]:
+    """How many views pictures have together, and the patches of the largest."""
+    views = [view.patch_grid.area for picture in pictures for view in picture.plan.views]
+    return len(views), max(views, default=0)
 
 
 def load(directory: str | Path, max_length: int = 32_768) -> Assistant:

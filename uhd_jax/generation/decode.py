@@ -1,121 +1,175 @@
-"""Cached decoding of a batch of prompts, greedy or sampled, one compiled program per bucket of shapes.
+"""The compiled programs of generation: reading prompts into rows of a cache, and one more token for every row.
 
-Dimension letters: B rows, T prompt tokens, V vocabulary.
+Dimension letters: R rows of the running batch, B prompts, T room for prompt tokens, D decoder width, V vocabulary,
+N likeliest tokens that are told. L, S, K, H as in `models.decoder`.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
-import math
-import numbers
-from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from uhd_jax.batch import Batch
 from uhd_jax.config import ModelConfig
+from uhd_jax.generation.sampling import Draws, choose
 from uhd_jax.models import uhd
+from uhd_jax.sharding.rules import BATCH_AXES
+
+LIKELIEST = 20  # as many as OpenAI's interface can ask for, and enough for 5 beams with 3 ids that end an answer
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy; the others then do nothing."""
+class State(NamedTuple):
+    """What stays on the device between steps; every program donates it."""
 
-    temperature: float = 0.0
-    top_k: int = 0  # keep the k likeliest; 0 keeps all
-    top_p: float = 1.0  # keep the likeliest whose probabilities reach top_p together
-    seed: int = 0  # below 2**32
-
-    def __post_init__(self):
-        real, whole = numbers.Real, numbers.Integral
-        self._require("temperature", real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
-        self._require("top_k", whole, lambda value: value >= 0, "a whole number of at least 0 (which keeps all)")
-        self._require("top_p", real, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
-        self._require("seed", whole, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
-
-    def _require(self, name: str, kind: type, allowed: Callable[[Any], bool], what: str) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, kind) or not allowed(value):
-            raise ValueError(f"{name}={value!r}: must be {what}")
+    cache: dict[str, jax.Array]  # `models.decoder.Cache` of R rows
+    tokens: jax.Array  # int32[R], chosen last
 
 
-@functools.partial(jax.jit, static_argnames=("greedy",))
-def _choose(logits, keys, temperature, top_k, top_p, greedy):
-    if greedy:
-        return jnp.argmax(logits, axis=-1)
-    logits = logits / temperature
-    order = jnp.sort(logits, axis=-1)[:, ::-1]
-    kth = order[:, top_k - 1, None]
-    probabilities = jax.nn.softmax(order, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the likelier tokens
-    count = jnp.sum(before < top_p, axis=-1, keepdims=True)
-    nucleus = jnp.take_along_axis(order, jnp.maximum(count, 1) - 1, axis=-1)
-    logits = jnp.where(logits >= jnp.maximum(kth, nucleus), logits, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys, logits)
+class Prompts(NamedTuple):
+    """Prompts to be read, as arrays."""
+
+    tokens: Any  # int32[B, T]
+    lengths: Any  # int32[B]; 0 where there is none
+    visual: Any  # float[B, T, D], visual tokens at their places
+    is_visual: Any  # bool[B, T]
+    rows: Any  # int32[B], where in the running batch each goes; R where there is none
 
 
-def choose_tokens(logits: jax.Array, sampling: Sampling, step: int) -> jax.Array:
-    """Next tokens int32[B] from logits float32[B, V].
+class Step(NamedTuple):
+    """What the host says about each row before a step."""
 
-    Row b's randomness depends on the seed, b and the step only, never on the other rows.
-    """
-    rows = jnp.arange(logits.shape[0])
-    key = jax.random.fold_in(jax.random.key(sampling.seed), step)
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    greedy = sampling.temperature == 0
-    vocab_size = logits.shape[-1]
-    top_k = min(sampling.top_k or vocab_size, vocab_size)
-    temperature = min(max(sampling.temperature, 1e-6), 1e6)  # beyond, greedy and uniform anyway; not beyond float32
-    return _choose(logits, keys, temperature, top_k, sampling.top_p, greedy)
+    tokens: Any  # int32[R], of rows whose token the host chose; -1: the one chosen last on the device
+    index: Any  # int32[R], the token's place in the cache; 0 for rows that are free
+    parents: Any  # int32[R], the row whose past it continues; looked at with `likeliest` only
 
 
-def generate_tokens(
-    params: Any,
-    config: ModelConfig,
-    batch: Batch,
-    *,
-    max_new_tokens: int,
-    stop: Collection[int],
-    sampling: Sampling,
-    cache_length: int,
-    mode: str | None = None,
-    on_tokens: Callable[[np.ndarray], None] | None = None,
-) -> list[list[int]]:
-    """Continues the prompt in each row.
+class Chosen(NamedTuple):
+    """What a program tells the host; the last three are None unless asked for."""
+
+    tokens: jax.Array  # int32[.]
+    log_probability: jax.Array | None  # float32[.], of the token, at temperature 1
+    likeliest: jax.Array | None  # int32[., N], the likeliest first
+    log_probabilities: jax.Array | None  # float32[., N]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rows", "length", "mesh"))
+def start(config: ModelConfig, rows: int, length: int, mesh: Mesh | None = None) -> State:
+    """An empty running batch, its rows over the mesh as those of a training batch, its heads as the layers' kernels."""
+    decoder, dtype = config.decoder, jnp.dtype(config.dtype)
+    full = decoder.layers // decoder.full_attention_interval
+    shapes = dict.fromkeys(("key", "value"), (full, rows, length, decoder.kv_heads, decoder.head_dim))
+    if full < decoder.layers:
+        delta, keys = decoder.layers - full, decoder.delta_key_heads * decoder.delta_key_dim
+        channels = 2 * keys + decoder.delta_value_heads * decoder.delta_value_dim
+        shapes["conv"] = (delta, rows, decoder.delta_conv - 1, channels)
+        shapes["state"] = (delta, rows, decoder.delta_value_heads, decoder.delta_key_dim, decoder.delta_value_dim)
+    kinds = {"state": jnp.float32}
+    cache = {name: jnp.zeros(shape, kinds.get(name, dtype)) for name, shape in shapes.items()}
+    return pinned(State(cache, jnp.zeros(rows, jnp.int32)), mesh)
+
+
+def within(mesh: Mesh | None) -> Any:
+    """The context in which a program over a mesh is traced, for `sharding.activations`."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else contextlib.nullcontext()
+
+
+def pinned(state: State, mesh: Mesh | None) -> State:
+    """Keeps a state's arrays where they lie on the mesh."""
+    if mesh is None:
+        return state
+
+    def pin(array, *axes):
+        return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    def heads(array, axis):
+        return "tensor" if array.shape[axis] % mesh.shape["tensor"] == 0 else None
+
+    axes = {"key": lambda a: (None, heads(a, 3)), "value": lambda a: (None, heads(a, 3))}
+    axes |= {"conv": lambda a: (), "state": lambda a: (heads(a, 2),)}
+    cache = {name: pin(array, None, BATCH_AXES, *axes[name](array)) for name, array in state.cache.items()}
+    return State(cache, pin(state.tokens, BATCH_AXES))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("state",))
+def prefill(
+    params: Any, state: State, prompts: Prompts, draws: Draws, config: ModelConfig, mesh: Mesh | None = None
+) -> tuple[State, Chosen]:
+    """Reads prompts into their rows and chooses the first token of each answer.
 
     Args:
       params: the model's parameters.
+      state: donated.
+      prompts: see there; several may not go to one row.
+      draws: of B rows.
       config: the model.
-      batch: one prompt per row from its left end, segments 1 on it and 0 behind; a row of padding only yields [].
-      max_new_tokens: at most so many tokens per row, at least 1.
-      stop: ids that end a row's answer; the id itself is not part of the answer.
-      sampling: greedy or not.
-      cache_length: room for the longest prompt plus the answer.
-      mode: "16x" or "4x"; None for the config's.
-      on_tokens: called after every step with int32[B], -1 where a row has ended.
-
-    Returns:
-      The answer's ids, per row.
+      mesh: where the parameters lie, or None.
     """
-    lengths = np.sum(np.asarray(batch.segments) > 0, axis=1)
-    if lengths.max() + max_new_tokens - 1 > cache_length:
-        raise ValueError(f"{lengths.max()} prompt and {max_new_tokens} new tokens exceed the cache of {cache_length}")
-    answers: list[list[int]] = [[] for _ in lengths]
-    running = lengths > 0
-    logits, cache = uhd.prefill(params, batch, config, cache_length, mode)
-    for step in range(max_new_tokens):
-        chosen = choose_tokens(logits, sampling, step)
-        tokens = np.asarray(chosen)
-        running = running & ~np.isin(tokens, list(stop))
-        for row in np.flatnonzero(running):
-            answers[row].append(int(tokens[row]))
-        if on_tokens is not None:
-            on_tokens(np.where(running, tokens, -1))
-        if not running.any() or step == max_new_tokens - 1:
-            break
-        logits, cache = uhd.decode_step(params, chosen, jnp.asarray(lengths + step, jnp.int32), cache, config)
-    return answers
+    length = prompts.tokens.shape[1]
+    segments = (jnp.arange(length)[None] < prompts.lengths[:, None]).astype(jnp.int32)
+    words = uhd.decoder(config).apply({"params": params["decoder"]}, prompts.tokens, method="embed")
+    x = jnp.where(prompts.is_visual[..., None], prompts.visual.astype(words.dtype), words)
+    with within(mesh):
+        logits, fresh = uhd.read_prompts(params, x, segments, config)
+    rows, cache = prompts.rows, dict(state.cache)
+    for name, new in fresh.items():
+        if name in ("key", "value"):
+            cache[name] = cache[name].at[:, rows, :length].set(new, mode="drop")
+        else:
+            cache[name] = cache[name].at[:, rows].set(new.astype(cache[name].dtype), mode="drop")
+    tokens = choose(logits, draws)
+    state = State(cache, state.tokens.at[rows].set(tokens, mode="drop"))
+    return pinned(state, mesh), _told(logits, tokens, True)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "window", "likeliest", "mesh"), donate_argnames=("state",))
+def decode(
+    params: Any,
+    state: State,
+    step: Step,
+    draws: Draws,
+    config: ModelConfig,
+    window: int,
+    likeliest: bool = False,
+    mesh: Mesh | None = None,
+) -> tuple[State, Chosen]:
+    """One more token in every row.
+
+    Args:
+      params: the model's parameters.
+      state: donated.
+      step: see there.
+      draws: of R rows.
+      config: the model.
+      window: so much of the cache is attended to, more than every index.
+      likeliest: rows may continue the past of others, and the likeliest tokens are told.
+      mesh: where the parameters lie, or None.
+    """
+    cache = _reordered(state.cache, step.parents, window) if likeliest else state.cache
+    tokens = jnp.where(step.tokens >= 0, step.tokens, state.tokens)
+    with within(mesh):
+        logits, cache = uhd.decode_step(params, tokens, step.index, cache, config, window)
+    chosen = choose(logits, draws)
+    return pinned(State(cache, chosen), mesh), _told(logits, chosen, likeliest)
+
+
+def _reordered(cache, parents, window):
+    def move(cache):
+        moved = {name: array[:, parents] for name, array in cache.items() if name in ("conv", "state")}
+        for name in ("key", "value"):
+            moved[name] = cache[name].at[:, :, :window].set(cache[name][:, parents, :window])
+        return moved
+
+    return jax.lax.cond(jnp.any(parents != jnp.arange(len(parents))), move, lambda cache: cache, cache)
+
+
+def _told(logits, tokens, likeliest):
+    if not likeliest:
+        return Chosen(tokens, None, None, None)
+    log_probabilities = jax.nn.log_softmax(logits)
+    best, ids = jax.lax.top_k(log_probabilities, min(LIKELIEST, logits.shape[-1]))
+    own = jnp.take_along_axis(log_probabilities, tokens[:, None], axis=-1)[:, 0]
+    return Chosen(tokens, own, ids, best)

@@ -23,6 +23,9 @@ from uhd_jax.ops.attention import attention
 from uhd_jax.ops.rope import apply_rope, rope_angles
 
 KeyValues = dict[str, jax.Array]  # "key", "value": float[.., S, K, H]
+# Keys and values of all layers, float[L, B, S, K, H], and whose are meant, int32[]. All of them go from layer to layer,
+# so that new ones are written in place: handed out layer by layer, the whole cache would be copied every step.
+OfLayer = tuple[KeyValues, jax.Array]
 
 # What decoding token by token goes on from: "key", "value" float[L, B, S, K, H]; of a hybrid also what its gated delta
 # layers keep, "conv" float[G, B, W - 1, C] and "state" float32[G, B, value heads, key dim, value dim].
@@ -42,8 +45,9 @@ class DecoderLayer(nn.Module):
         x: jax.Array,
         angles: Any,
         segments: jax.Array,
-        cache: KeyValues | None = None,
+        cache: OfLayer | None = None,
         index: jax.Array | None = None,
+        window: int | None = None,
     ) -> tuple[jax.Array, KeyValues]:
         """One layer.
 
@@ -51,16 +55,17 @@ class DecoderLayer(nn.Module):
           x: float[B, T, D].
           angles: `rope_angles` of the tokens' positions.
           segments: int32[B, T]; without a cache, tokens look at earlier ones of their segment.
-          cache: this layer's keys and values float[B, S, K, H], all of which up to `index` are looked at; or None to
-            attend to x itself.
+          cache: keys and values of all layers, of this one's all up to `index` are looked at; or None to attend to x
+            itself.
           index: int32[B], where in the cache the (single) token of each row is written.
+          window: how much of the cache is read, above every index; None for all of it.
 
         Returns:
-          float[B, T, D], and the keys and values: the updated cache, or x's own.
+          float[B, T, D], and the keys and values: those of all layers, updated, or x's own float[B, T, K, H].
         """
         cfg = self.config
         attended, keys_values = DecoderAttention(cfg, self.dtype, self.attention, name="attention")(
-            _norm(cfg, self.dtype, "input_norm")(x), angles, segments, cache, index
+            _norm(cfg, self.dtype, "input_norm")(x), angles, segments, cache, index, window
         )
         x = x + attended
         normed = _norm(cfg, self.dtype, "post_attention_norm")(x)
@@ -99,7 +104,7 @@ class DecoderAttention(nn.Module):
     implementation: str
 
     @nn.compact
-    def __call__(self, x, angles, segments, cache, index):
+    def __call__(self, x, angles, segments, cache, index, window):
         """See DecoderLayer."""
         cfg = self.config
 
@@ -117,13 +122,29 @@ class DecoderAttention(nn.Module):
                 query, *keys_values.values(), segments, causal=True, implementation=self.implementation
             )
         else:
-            rows, slots = jnp.arange(x.shape[0]), jnp.arange(cache["key"].shape[1])
-            keys_values = {name: cache[name].at[rows, index].set(new[:, 0]) for name, new in keys_values.items()}
-            filled = (slots[None] <= index[:, None]).astype(jnp.int32)
-            out = attention(query, *keys_values.values(), jnp.ones_like(index)[:, None], filled)
+            stack, layer = cache
+            keys_values = {name: _write(stack[name], layer, index, new[:, 0]) for name, new in keys_values.items()}
+            seen = [_read(stack, layer, window) for stack in keys_values.values()]
+            filled = (jnp.arange(seen[0].shape[1])[None] <= index[:, None]).astype(jnp.int32)
+            out = attention(query, *seen, jnp.ones_like(index)[:, None], filled)
         if cfg.gated_attention:
             out = out * nn.sigmoid(project("gate", cfg.heads))
         return layers.dense(cfg.width, self.dtype, "out", bias=False)(out.reshape(*x.shape[:2], -1)), keys_values
+
+
+def _write(stack: jax.Array, layer: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
+    """float[L, B, S, K, H] with new[b] float[K, H] at [layer, b, index[b]]."""
+
+    def write(row, index, new):
+        return jax.lax.dynamic_update_slice(row, new[None, None].astype(row.dtype), (layer, index, 0, 0))
+
+    return jax.vmap(write, in_axes=(1, 0, 0), out_axes=1)(stack, index, new)
+
+
+def _read(stack: jax.Array, layer: jax.Array, window: int | None) -> jax.Array:
+    """float[B, window, K, H]: the beginning of one layer's rows."""
+    _, rows, length, *heads = stack.shape
+    return jax.lax.dynamic_slice(stack, (layer, 0, 0, 0, 0), (1, rows, window or length, *heads))[0]
 
 
 class GatedMlp(nn.Module):
@@ -183,6 +204,7 @@ class Decoder(nn.Module):
         segments: jax.Array | None = None,
         cache: Cache | None = None,
         index: jax.Array | None = None,
+        window: int | None = None,
         keep: bool = False,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs all layers and the final norm.
@@ -193,6 +215,7 @@ class Decoder(nn.Module):
           segments: int32[B, T], number of the sample, 0 is padding; None where each row is one sample.
           cache: what a call returned, when decoding token by token; T is then 1.
           index: int32[B] position in the cache of the new token, with `cache`.
+          window: as of `DecoderLayer`.
           keep: return a cache (always done with `cache`), whose S is T, to start decoding from.
 
         Returns:
@@ -203,34 +226,42 @@ class Decoder(nn.Module):
         segments = jnp.ones(x.shape[:2], jnp.int32) if segments is None else segments
         keep = keep or cache is not None
 
-        def attend(x, inputs):
-            params, layer_cache = inputs
-            x, kept = self.layer.apply({"params": params}, x, angles, segments, layer_cache, index)
-            return x, kept if keep else None
+        def attend(carry, inputs):
+            x, stack = carry
+            params, number = inputs
+            own = None if stack is None else (stack, number)
+            x, kept = self.layer.apply({"params": params}, x, angles, segments, own, index, window)
+            if stack is not None:
+                return (x, kept), None
+            return (x, None), kept if keep else None
 
         def delta(x, inputs):
             params, layer_cache = inputs
             x, kept = self.delta_layer.apply({"params": params}, x, segments, layer_cache)
             return x, kept if keep else None
 
-        run = functools.partial(layers.run_stack, scan=self.scan, remat=self.remat)
-        keys_values = None if cache is None else {name: cache[name] for name in ("key", "value")}
-        full = self.layers, keys_values
+        run = functools.partial(layers.run_stack, scan=self.scan, remat=self.remat, pin=cache is None)
+        stack = None if cache is None else {name: cache[name] for name in ("key", "value")}
+        full = self.layers, jnp.arange(cfg.layers // cfg.full_attention_interval)
         if cfg.full_attention_interval == 1:
-            x, kept = run(attend, x, full)
-            return self.final_norm(x), kept
+            (x, stack), kept = run(attend, (x, stack), full)
+            return self.final_norm(x), kept if cache is None else stack
 
-        def group(x, inputs):
+        def group(carry, inputs):
+            x, stack = carry
             x, of_delta = run(delta, x, inputs[0])
-            x, of_full = run(attend, x, jax.tree.map(lambda leaf: leaf[None], inputs[1]))
-            return x, (of_delta, jax.tree.map(lambda leaf: leaf[0], of_full))
+            carry, of_full = run(attend, (x, stack), jax.tree.map(lambda leaf: leaf[None], inputs[1]))
+            return carry, (of_delta, jax.tree.map(lambda leaf: leaf[0], of_full))
 
         states = None if cache is None else {name: cache[name] for name in ("conv", "state")}
         deltas = jax.tree.map(
             lambda leaf: leaf.reshape(-1, cfg.full_attention_interval - 1, *leaf.shape[1:]), (self.delta_layers, states)
         )
-        x, (states, keys_values) = layers.run_stack(group, x, (deltas, full), scan=self.scan, remat="none")
+        (x, stack), (states, kept) = layers.run_stack(
+            group, (x, stack), (deltas, full), scan=self.scan, remat="none", pin=cache is None
+        )
         x = self.final_norm(x)
         if not keep:
             return x, None
+        keys_values = kept if cache is None else stack
         return x, keys_values | {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in states.items()}

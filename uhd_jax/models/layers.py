@@ -136,6 +136,7 @@ def run_stack(
     remat: str,
     start: int = 0,
     stop: int | None = None,
+    pin: bool = True,
 ) -> tuple[Any, Any]:
     """Runs layers `start` to `stop` (exclusive) of a stacked tree.
 
@@ -147,13 +148,14 @@ def run_stack(
       remat: name in REMAT_POLICIES, or "none".
       start: first layer.
       stop: one past the last layer; None for all.
+      pin: keep what is carried where its rows are; off where its leading axis is not one of rows.
 
     Returns:
       The last carry, and the layers' outputs stacked on a leading axis.
     """
 
     def placed(carry, layer):
-        return step(over_rows(carry), layer)
+        return step(over_rows(carry) if pin else carry, layer)
 
     run = placed
     if remat != "none":

@@ -183,18 +183,34 @@ def prefill(
     Returns:
       float32[B, V] logits after each prompt's last token, and the cache (`models.decoder.Cache`).
     """
-    x = embed(params, batch, config, mode)
-    hidden, cache = decoder(config).apply({"params": params["decoder"]}, x, batch.positions, batch.segments, keep=True)
-    lengths = jnp.sum(batch.segments > 0, axis=1)
-    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+    logits, cache = read_prompts(params, embed(params, batch, config, mode), batch.segments, config)
     room = cache_length - batch.tokens.shape[1]
     cache |= {name: jnp.pad(cache[name], [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]) for name in ("key", "value")}
-    return _project(last, params, config)[:, 0], cache
+    return logits, cache
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def read_prompts(params: Params, x: jax.Array, segments: jax.Array, config: ModelConfig) -> tuple[jax.Array, Cache]:
+    """Runs the decoder over embedded prompts.
+
+    Args:
+      params: the model's parameters.
+      x: float[B, T, D]: a prompt from the left end of each row, visual tokens in place.
+      segments: int32[B, T], 1 on the prompt and 0 behind it.
+      config: the model.
+
+    Returns:
+      float32[B, V] logits after each prompt's last token, and a cache of length T.
+    """
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), segments.shape)
+    hidden, cache = decoder(config).apply({"params": params["decoder"]}, x, positions, segments, keep=True)
+    last = jnp.maximum(jnp.sum(segments > 0, axis=1) - 1, 0)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    return _project(hidden, params, config)[:, 0], cache
+
+
+@functools.partial(jax.jit, static_argnames=("config", "window"), donate_argnames=("cache",))
 def decode_step(
-    params: Params, tokens: jax.Array, index: jax.Array, cache: Cache, config: ModelConfig
+    params: Params, tokens: jax.Array, index: jax.Array, cache: Cache, config: ModelConfig, window: int | None = None
 ) -> tuple[jax.Array, Cache]:
     """One token per row.
 
@@ -204,11 +220,14 @@ def decode_step(
       index: int32[B], its position, which is also its place in the cache; prompt padding that lay there is overwritten.
       cache: of `prefill` or the step before; donated.
       config: the model.
+      window: so much of the cache, from its beginning, is attended to: above every `index`; None for all of it.
 
     Returns:
       float32[B, V] logits of the next token, and the cache with this token in it.
     """
     module = decoder(config)
     x = module.apply({"params": params["decoder"]}, tokens[:, None], method="embed")
-    hidden, cache = module.apply({"params": params["decoder"]}, x, index[:, None], cache=cache, index=index)
+    hidden, cache = module.apply(
+        {"params": params["decoder"]}, x, index[:, None], cache=cache, index=index, window=window
+    )
     return _project(hidden, params, config)[:, 0], cache

@@ -1,0 +1,50 @@
+"""Beam search and greedy decoding live against transformers' `generate`, with an imported MiniCPM-V 4.6."""
+
+from __future__ import annotations
+
+import pytest
+from golden_v4 import GOLDEN
+from hf46 import torch_inputs
+
+import uhd_jax
+from uhd_jax.generation.request import AnswerOptions
+
+transformers = pytest.importorskip("transformers")
+torch = pytest.importorskip("torch")
+
+FOLDER = GOLDEN / "v4_full_qwen35_16x"
+PROMPTS = ["What is this?", "And a somewhat longer question about what can be seen here?"]
+
+
+@pytest.fixture(scope="module")
+def models():
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(FOLDER, attn_implementation="eager").eval()
+    return uhd_jax.load(FOLDER), theirs
+
+
+def their_answer(theirs, prepared, config, ends, **options):
+    inputs = torch_inputs(prepared, config)
+    with torch.no_grad():
+        ids = theirs.generate(**inputs, do_sample=False, eos_token_id=sorted(ends), pad_token_id=0, **options)
+    answer = ids[0, len(prepared.token_ids) :].tolist()
+    return answer[: next((place for place, token in enumerate(answer) if token in ends), len(answer))]
+
+
+@pytest.mark.parametrize(
+    ("beams", "length_penalty", "early_stopping"),
+    [(1, 1.0, False), (3, 1.0, False), (5, 1.0, False), (3, 0.0, True), (5, 2.0, True), (3, -1.0, False)],
+)
+def test_answers_are_those_of_transformers(models, beams, length_penalty, early_stopping):
+    """Both prompts at once here, one after the other there. Frequent tokens are made ends, so that beams finish."""
+    ours, theirs = models
+    images = sorted(FOLDER.glob("image_*.png"))
+    prepared = [ours.prepare(PROMPTS[0], images), ours.prepare(PROMPTS[1], images[1:])]
+    options = AnswerOptions(12, beams=beams, length_penalty=length_penalty, early_stopping=early_stopping)
+    asked = {"num_beams": beams, "max_new_tokens": 12}
+    if beams > 1:
+        asked |= {"length_penalty": length_penalty, "early_stopping": early_stopping}
+    (plain, _) = ours.answer(prepared, [AnswerOptions(12, beams=beams)] * 2, ends=frozenset([256]))
+    for ends in (frozenset([256]), frozenset([256, *plain.tokens[3:6:2]])):
+        requests = ours.answer(prepared, [options] * 2, ends=ends)
+        expected = [their_answer(theirs, one, ours.config, ends, **asked) for one in prepared]
+        assert [request.tokens for request in requests] == expected
