@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "uhd_jax"
 FLOORS = {
     "cli": 7,
-    **dict.fromkeys(("analysis", "evaluation"), 6),
+    **dict.fromkeys(("analysis", "evaluation", "serving"), 6),
     **dict.fromkeys(("training", "generation"), 5),
     "models": 4,
     **dict.fromkeys(("convert", "data", "cost"), 3),
@@ -27,21 +27,17 @@ FORBIDDEN = {
     "ops": {"flax"},
     "models": {"uhd_jax.data", "orbax", "grain"},
 }
+SERVING = {"prometheus_client", "pydantic", "starlette", "uvicorn"}  # the extra "serve"
 ONLY = {
     "orbax": {"checkpoint"},
     "torch": {"analysis", "convert.pickles"},
     "transformers": {"analysis"},
     "torchvision": set(),
     "flax.linen": {"models"},
+    **dict.fromkeys(SERVING, {"serving"}),
 }
-OPTIONAL = {
-    "torch",
-    "transformers",
-    "av",
-    "fsspec",
-    "lmms_eval",
-    "pyarrow",
-}  # imported where used, with a clear error when absent
+# Imported where used, with a clear error when absent.
+OPTIONAL = {"torch", "transformers", "av", "fsspec", "lmms_eval", "pyarrow", *SERVING}
 MAX_LINES = 450
 
 

@@ -24,6 +24,8 @@ from uhd_jax.cli.common import UsageError
 COMMANDS = {
     "train": "train a model through its stages; resumes by itself",
     "generate": "ask a trained model about images",
+    "chat": "talk with a model about images, in the terminal",
+    "serve": "answer over HTTP, for OpenAI's clients; a page to try it",
     "convert": "read and write checkpoints of PyTorch and transformers",
     "slices": "show how an image is cut: as a table, as JSON, as a picture",
     "data": "look at data, plan buckets for it, pack it into shards",

@@ -33,7 +33,6 @@ from uhd_jax.slicing.pixels import cut_views
 from uhd_jax.slicing.plan import ImageRefused, Plan, Size, plan_image
 from uhd_jax.slicing.video import open_video
 
-
 MAX_ROWS = 64  # answers that go on together; of a longer list the next begin where others end
 
 

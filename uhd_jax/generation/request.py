@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -84,11 +85,13 @@ class Request:
         self.tokens: list[int] = []  # of the answer, without the id that ended it
         self.reason: str | None = None  # why it ended: "stop", "length", or whatever `finish` was called with
         self.rows: list[int] = []  # of the running batch; empty while it waits
+        self.deadline: float | None = None  # of `time.monotonic`
         self.dispatched = 0  # tokens of the answer that the device was told to choose
         self.beams: BeamSearch | None = None
         self.parents: list[int] = []  # of the beams in the next step, as positions in `rows`
         self._tokenizer, self._decoder = tokenizer, StreamDecoder(tokenizer)
         self._on_text, self._on_end = on_text, on_end
+        self._lock = threading.Lock()
         self._held = ""  # text that may be the beginning of a stop string
         self._told: list[Likely] = []
         if options.beams > 1:
@@ -137,9 +140,10 @@ class Request:
 
     def finish(self, reason: str) -> None:
         """Ends the answer; nothing happens where it has ended already."""
-        if self.reason is not None:
-            return
-        self.reason = reason
+        with self._lock:  # a request may be given up while it ends
+            if self.reason is not None:
+                return
+            self.reason = reason
         if self._on_text and reason in ("stop", "length"):
             rest = "" if self._cut else self._decoder.flush()
             if not self._stopped(rest):
@@ -179,8 +183,3 @@ class Request:
 def _begun(text: str, stop: str) -> int:
     """How many characters at the end of `text` are the beginning of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def answer_options(options: dict[str, Any], **sampling: Any) -> AnswerOptions:
-    """Options from keyword arguments, those of `Sampling` apart."""
-    return AnswerOptions(sampling=Sampling(**sampling), **options)

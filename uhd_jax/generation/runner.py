@@ -9,6 +9,7 @@ import collections
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -56,6 +57,11 @@ class Runner:
     def free_rows(self) -> int:
         """Rows that no request holds."""
         return len(self._free)
+
+    @property
+    def intact(self) -> bool:
+        """Whether the cache is still there: a program that fails has consumed it."""
+        return not any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state))
 
     def run(self, requests: Sequence[Request]) -> None:
         """Answers all of them, the first first."""
