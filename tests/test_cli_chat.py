@@ -16,6 +16,8 @@ from tiny_assistant import SMALL, WIDE, make_assistant
 
 from uhd_jax.checkpoint import save_model
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 @pytest.fixture(scope="module")
 def model():

@@ -15,6 +15,7 @@ from serving import running
 from uhd_jax.generation.engine import Engine
 from uhd_jax.generation.shapes import Shapes
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

@@ -21,6 +21,8 @@ from uhd_jax.sharding.mesh import make_mesh
 from uhd_jax.sharding.rules import param_shardings
 from uhd_jax.slicing.plan import Size, plan_image
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 SHAPES = Shapes(rows=3, prefill_rows=1, lengths=(64, 200), views=(1, 4), patches=(128,))
 ASKED = [
     ("Hello", [], AnswerOptions(9)),

@@ -18,6 +18,7 @@ from uhd_jax.generation.engine import Engine
 from uhd_jax.generation.shapes import Shapes
 
 openai = pytest.importorskip("openai")
+pytestmark = pytest.mark.usefixtures("unoptimised")
 
 SHAPES = Shapes(rows=3, prefill_rows=1, lengths=(128, 300), views=(4,), patches=(128,))
 

@@ -13,6 +13,8 @@ from serving import running
 from uhd_jax.generation.engine import Engine
 from uhd_jax.generation.shapes import Shapes
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 
 def test_malformed_requests():
     """Some hundred here; `tests/request_fuzz.py` sends as many as one likes to a server that is running."""
