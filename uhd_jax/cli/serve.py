@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--max-new-tokens", 2048, "tokens of an answer"),
         ("--max-images", 16, "images of a request"),
         ("--max-views", 64, "views of a request"),
-        ("--max-pixels", 50_000_000, "pixels of an image"),
+        ("--max-pixels", 50_000_000, "pixels of a request's images"),
         ("--max-body-mib", 32, "size of a request"),
     ):
         limits.add_argument(flag, type=positive, default=default, metavar="N", help=f"{text} (%(default)s)")

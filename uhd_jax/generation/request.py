@@ -63,7 +63,7 @@ class Request:
 
     Args:
       sample: the prompt.
-      pictures: its images.
+      pictures: its images, let go of when they are encoded.
       options: what is asked of the answer.
       tokenizer: for the text.
       ends: ids that end an answer.

@@ -155,6 +155,7 @@ class Runner:
                 prompts.visual[place, at] = placed(own, sample.plans, sample.view[at], sample.view_token[at])
                 prompts.is_visual[place, at] = True
             used += count
+            request.pictures = ()  # a waiting answer need not hold them any longer
             set_draws(draws, place, request.options.sampling, 0, self.config.decoder.vocab_size)
         return prompts, draws
 

@@ -143,6 +143,8 @@ class Server:
         try:
             if self.stopping:
                 raise ApiError(503, "the server is stopping", "stopping")
+            if self.open > self.engine.max_waiting + self.engine.shapes.rows + self.settings.prepare_threads:
+                raise ApiError(429, "too many requests are waiting; try again in a moment", "queue_full")
             if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 raise ApiError(415, "send the request as Content-Type: application/json", "not_json")
             asked = parse_request(await self.body(request))

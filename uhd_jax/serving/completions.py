@@ -60,8 +60,9 @@ class Completions:
         self._check(asked)
         loop = asyncio.get_running_loop()
         prepared = await loop.run_in_executor(self.threads, self._prepare, asked)
-        completion = Completion(self, asked, prepared, began)
-        completion.submit(self._options(asked, prepared))
+        asked.messages.clear()  # their images are large
+        completion = Completion(self, asked, len(prepared.token_ids), began)
+        completion.submit(prepared, self._options(asked, prepared))
         return completion
 
     def _check(self, asked: ChatRequest) -> None:
@@ -131,21 +132,21 @@ def _stops(asked: ChatRequest) -> list[str]:
 class Completion:
     """A request that is being answered; `close` it in any case."""
 
-    def __init__(self, shared: Completions, asked: ChatRequest, prepared: Prepared, began: float):
-        self.shared, self.asked, self.prepared, self.began = shared, asked, prepared, began
+    def __init__(self, shared: Completions, asked: ChatRequest, prompt_tokens: int, began: float):
+        self.shared, self.asked, self.prompt_tokens, self.began = shared, asked, prompt_tokens, began
         self.id, self.created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         self.requests: list[Request] = []
         self._pieces: asyncio.Queue[Piece] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
-    def submit(self, options: AnswerOptions) -> None:
+    def submit(self, prepared: Prepared, options: AnswerOptions) -> None:
         """Queues every choice, or none."""
         left = self.shared.settings.seconds - (time.monotonic() - self.began)
         try:
             for index in range(self.asked.n or 1):
                 own = dataclasses.replace(options, sampling=dataclasses.replace(options.sampling, stream=index))
                 request = self.shared.engine.submit(
-                    self.prepared,
+                    prepared,
                     own,
                     seconds=left,
                     on_text=lambda text, likely, i=index: self._put(Piece(i, text, tuple(likely))),
@@ -192,13 +193,13 @@ class Completion:
             self.shared.metrics.cancelled.inc()
         if self.requests:
             self.shared.metrics.seconds.observe(time.monotonic() - self.began)
-            self.shared.metrics.tokens.labels("prompt").inc(len(self.prepared.token_ids))
+            self.shared.metrics.tokens.labels("prompt").inc(self.prompt_tokens)
             self.shared.metrics.tokens.labels("answer").inc(sum(len(request.tokens) for request in self.requests))
 
     @property
     def usage(self) -> dict[str, int]:
         """Tokens, as OpenAI counts them; visual tokens are part of the prompt."""
-        prompt, answer = len(self.prepared.token_ids), sum(len(request.tokens) for request in self.requests)
+        prompt, answer = self.prompt_tokens, sum(len(request.tokens) for request in self.requests)
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
     def _put(self, piece: Piece) -> None:

@@ -35,11 +35,17 @@ def conversation(request: ChatRequest, settings: Settings, limits: ImageLimits) 
     if len(images) > settings.max_images:
         message = f"{len(images)} images in a request, but at most {settings.max_images} are allowed"
         raise ApiError(400, message, "too_many_images", "messages")
-    limits = dataclasses.replace(limits, max_pixels=min(limits.max_pixels, settings.max_pixels))
-    opened = iter([_open(source.url, param, settings, limits) for param, source in images])
+    opened, left = [], settings.max_pixels
+    for param, source in images:
+        pixels = _open(
+            source.url, param, settings, dataclasses.replace(limits, max_pixels=min(limits.max_pixels, left))
+        )
+        left -= pixels.shape[0] * pixels.shape[1]
+        opened.append(pixels)
     low = {source.detail == "low" for _, source in images}
     if len(low) > 1:
         raise ApiError(400, "detail: 'low' for all images or for none", param="messages")
+    opened = iter(opened)
     return [_turn(message, opened) for message in request.messages], low == {True}
 
 

@@ -13,7 +13,7 @@ class Settings:
     api_key: str = ""  # empty: none is asked for
     max_body_bytes: int = 32 * 2**20  # 413
     max_images: int = 16  # of a request; 400
-    max_pixels: int = 50_000_000  # of an image; 400
+    max_pixels: int = 50_000_000  # of a request's images together; 400
     max_views: int = 64  # of a request; 400
     max_new_tokens: int = 2048  # of an answer; 400
     default_new_tokens: int = 512
