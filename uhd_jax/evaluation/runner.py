@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -205,15 +204,9 @@ def _answer(run: Run, model: Assistant, rows: Sequence[int]) -> list[Line]:
 
 
 def generation(settings: Settings) -> dict[str, Any]:
-    """Arguments of `Assistant.generate`. Raises `EvaluationError` for beams where it has none."""
+    """Arguments of `Assistant.generate`."""
     chosen = {"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature, "mode": settings.mode}
-    if settings.beams > 1:
-        if "beams" not in inspect.signature(Assistant.generate).parameters:
-            raise EvaluationError(
-                f"beams={settings.beams}: this version answers greedily or by sampling; give --beams=1"
-            )
-        chosen["beams"] = settings.beams
-    return chosen
+    return chosen | ({"beams": settings.beams} if settings.beams > 1 else {})
 
 
 def _placed(error: ValueError, places: Sequence[str]) -> ValueError:
