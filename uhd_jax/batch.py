@@ -6,10 +6,13 @@ Dimension letters: B rows, S view slots per row, P patches per view, T tokens pe
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import numpy as np
+
+_ALIGNMENT = 64  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Batch:
 
 
 def empty_batch(bucket: Bucket) -> Batch:
-    """A batch of padding only, as writable NumPy arrays to be filled in."""
+    """A batch of padding only, as writable NumPy arrays to be filled in. JAX takes `patches` to a CPU uncopied."""
     row = (bucket.rows, bucket.tokens)
     return Batch(
         tokens=np.zeros(row, np.int32),
@@ -55,9 +58,17 @@ def empty_batch(bucket: Bucket) -> Batch:
         segments=np.zeros(row, np.int32),
         loss_weights=np.zeros(row, np.float32),
         visual_index=np.full(row, -1, np.int32),
-        patches=np.zeros((bucket.rows, bucket.slots, bucket.patches, bucket.patch_dim), np.uint8),
+        patches=_aligned_zeros((bucket.rows, bucket.slots, bucket.patches, bucket.patch_dim)),
         patch_grids=np.zeros((bucket.rows, bucket.slots, 2), np.int32),
     )
+
+
+def _aligned_zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros, uint8, whose memory starts where JAX's own arrays do."""
+    size = math.prod(shape)
+    memory = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].reshape(shape)
 
 
 def abstract_batch(bucket: Bucket) -> Batch:

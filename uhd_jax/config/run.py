@@ -157,6 +157,9 @@ class TrainConfig:
     packing_window: int = 256  # samples looked at together when rows are filled
     prefetch: int = 4  # batches prepared ahead of the device
     data_workers: int = 0  # processes that decode images; 0: threads of this one
+    # JPEGs much larger than their views need are decoded at 1/2, 1/4 or 1/8 of their size: faster, but the pixels are
+    # not those of a resize from the whole image, which published models were trained with and answers are given from.
+    jpeg_draft: bool = False
     peak_flops: float = 0.0  # per device; 0: from the table of known devices, else measured
 
     def __post_init__(self):

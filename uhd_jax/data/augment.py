@@ -30,6 +30,11 @@ class Alteration(NamedTuple):
     jpeg_quality: int = 0  # 0: not compressed
     ocr_seed: int = -1  # of `worn`; -1: not done
 
+    @property
+    def changes(self) -> bool:
+        """Whether anything is done at all."""
+        return bool(self.to_json())
+
     def to_json(self) -> dict[str, Any]:
         """JSON types only; nothing for an image that stays as it is."""
         facts: dict[str, Any] = {"resized": list(self.size)} if self.size != self.image else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,16 +65,17 @@ class ImageFolder:
 
     def images(self, index: int) -> list[np.ndarray]:
         """The image: uint8[H, W, 3]. A crop is resized by Pillow's antialiased bicubic filter."""
-        image = image_io.open_image(self._file(index), self._limits)
+        return [np.asarray(picture) for picture in self.pictures(index)]
+
+    def pictures(self, index: int, least: Sequence[Size | None] = ()) -> list[Image.Image]:
+        """As `protocol.pictures_of`; a crop is decoded as it is."""
         if not self._crop:
-            return [image]
-        height, width = image.shape[:2]
-        side = min(height, width)
-        left, top = (width - side) / 2, (height - side) / 2
-        picture = Image.fromarray(image).resize(
-            (self._crop, self._crop), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
-        )
-        return [np.asarray(picture)]
+            return [image_io.open_picture(self._file(index), self._limits, *least)]
+        picture = image_io.open_picture(self._file(index), self._limits)
+        side = min(picture.size)
+        left, top = (picture.width - side) / 2, (picture.height - side) / 2
+        box = (left, top, left + side, top + side)
+        return [picture.resize((self._crop, self._crop), Image.Resampling.BICUBIC, box=box)]
 
     def files(self, index: int) -> list[bytes]:
         """The file as it is; a PNG of a crop."""

@@ -79,6 +79,7 @@ def fill_batch(
     bucket: Bucket,
     slot_tokens: int,
     sample_weight_power: float = 1.0,
+    batch: Batch | None = None,
 ) -> Batch:
     """Writes samples into the arrays of a batch.
 
@@ -87,13 +88,14 @@ def fill_batch(
       bucket: the static shapes; missing rows stay padding.
       slot_tokens: visual tokens of a slot (`ModelConfig.visual_tokens` of the bucket's patches).
       sample_weight_power: a sample of L trained tokens weighs L**power, each of its tokens L**(power - 1).
+      batch: what is filled in; its views may be there already (`rooms_for_views`). None: a new one.
 
     Raises:
       ValueError: a row does not fit into the bucket.
     """
     if len(rows) > bucket.rows:
         raise ValueError(f"{len(rows)} rows do not fit into bucket {bucket}")
-    batch = empty_batch(bucket)
+    batch = batch or empty_batch(bucket)
     shape = BucketConfig(slots=bucket.slots, tokens=bucket.tokens, patches=bucket.patches)
     for number, row in enumerate(rows):
         if row and not fits(row_needs(sample.needs for sample, _ in row), shape):
@@ -110,8 +112,21 @@ def fill_batch(
             batch.visual_index[place] = np.where(sample.view >= 0, first + sample.view_token, -1)
             grids = [view.patch_grid for plan in sample.plans for view in plan.views]
             for view, (grid, patches) in enumerate(zip(grids, views, strict=True), slot):
-                batch.patches[number, view, : grid.area] = patches
+                batch.patches[number, view, : grid.area] = patches  # onto itself: nothing is copied
                 batch.patch_grids[number, view] = grid
             start += len(sample.tokens)
             slot += len(grids)
     return batch
+
+
+def rooms_for_views(batch: Batch, rows: Sequence[Sequence[EncodedSample]]) -> list[list[list[np.ndarray]]]:
+    """Where `fill_batch` puts the views of samples: for each row, sample and view uint8[P_view, patch_dim] of `batch`.
+
+    Writing them there at once saves a copy of all pixels.
+    """
+    rooms = []
+    for number, row in enumerate(rows):
+        slots = iter(batch.patches[number])
+        areas = [[view.patch_grid.area for plan in sample.plans for view in plan.views] for sample in row]
+        rooms.append([[next(slots)[:area] for area in views] for views in areas])
+    return rooms

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
 import logging
 import os
 import threading
@@ -22,11 +23,11 @@ import grain
 import numpy as np
 from absl import flags
 
-from uhd_jax.batch import Batch, Bucket
+from uhd_jax.batch import Batch, Bucket, empty_batch
 from uhd_jax.config import ConfigError, ModelConfig, StageConfig, TrainConfig
 from uhd_jax.data.buckets import Fill, fill_of
 from uhd_jax.data.dropped import DroppedList
-from uhd_jax.data.packing import fill_batch
+from uhd_jax.data.packing import fill_batch, rooms_for_views
 from uhd_jax.data.prepare import Prepared
 from uhd_jax.data.sources import Source, SourceError
 from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -273,16 +274,23 @@ class _RenderedBatchIterator(grain.DatasetIterator):
         index, count = self._process
         share = len(packed.rows) // count
         numbers = packed.rows[index * share : (index + 1) * share]
-        wanted = sorted({i for row in numbers for i in row})
-        loaded = dict(zip(wanted, self._pool.map(lambda i: self._load(window.samples[i]), wanted), strict=True))
-        problems = window.problems if number == 0 else []
-        problems = problems + [problem for problem in loaded.values() if isinstance(problem, Problem)]
-        views = {i: found for i, found in loaded.items() if not isinstance(found, Problem)}
-        rows = [[(window.samples[i].sample, views[i]) for i in row if i in views] for row in numbers]
         shape = packed.bucket
         bucket = Bucket(share, shape.slots, shape.tokens, shape.patches, planner.model.tower.patch_dim)
+        batch = empty_batch(bucket)
+        rooms = rooms_for_views(batch, [[window.samples[i].sample for i in row] for row in numbers])
+        chained = itertools.chain.from_iterable
+        tasks = [(window.samples[i], room) for i, room in zip(chained(numbers), chained(rooms), strict=True)]
+        found = list(self._pool.map(lambda task: self._load(*task), tasks))
+        problems = (window.problems if number == 0 else []) + [problem for problem in found if problem]
+        if any(found):
+            batch = empty_batch(bucket)  # without what a damaged image left behind; the others are copied
+        left = iter(zip(tasks, found, strict=True))
+        rows = [
+            [(its.sample, room) for (its, room), problem in itertools.islice(left, len(row)) if not problem]
+            for row in numbers
+        ]
         slot_tokens = planner.model.visual_tokens(bucket.patches)
-        batch = fill_batch(rows, bucket, slot_tokens, planner.stage.sample_weight_power)
+        batch = fill_batch(rows, bucket, slot_tokens, planner.stage.sample_weight_power, batch)
         samples = [sample for row in rows for sample, _ in row]
         info = BatchInfo(
             bucket=bucket,
@@ -299,11 +307,12 @@ class _RenderedBatchIterator(grain.DatasetIterator):
         )
         return batch, info, problems, self._position
 
-    def _load(self, prepared: Prepared) -> list[np.ndarray] | Problem:
-        """The views of a sample, unless an image turns out to be damaged."""
+    def _load(self, prepared: Prepared, into: list[np.ndarray]) -> Problem | None:
+        """Writes the views of a sample, unless an image turns out to be damaged."""
         planner, index = self._planner, prepared.index
         try:
-            return planner.preparer.views(prepared)
+            planner.preparer.views(prepared, into)
+            return None
         except ImageRefused as error:
             return Problem(index, REFUSED, str(error))
         except SourceError as error:  # it was readable when it was planned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,9 +14,9 @@ from uhd_jax.data.chat import EncodedSample, Message, encode_chat
 from uhd_jax.data.fitting import Reduction, cuttable, reduce_to_fit, without_oldest
 from uhd_jax.data.packing import fits
 from uhd_jax.data.sources.mixture import Mixture
-from uhd_jax.data.sources.protocol import Source
+from uhd_jax.data.sources.protocol import Source, pictures_of
 from uhd_jax.data.tokenizer import Tokenizer
-from uhd_jax.slicing.pixels import cut_views
+from uhd_jax.slicing.pixels import cut_views, least_size
 from uhd_jax.slicing.plan import plan_image
 from uhd_jax.slicing.sizes import Size
 
@@ -39,11 +40,20 @@ class Preparer:
       model: of the stage (`ModelConfig.for_stage`).
       tokenizer: of the model.
       seed: of the stage.
+      jpeg_draft: whether JPEGs may be decoded smaller than they are (`TrainConfig.jpeg_draft`).
     """
 
-    def __init__(self, source: Source, stage: StageConfig, model: ModelConfig, tokenizer: Tokenizer, seed: int):
+    def __init__(
+        self,
+        source: Source,
+        stage: StageConfig,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        seed: int,
+        jpeg_draft: bool = False,
+    ):
         self.source, self.stage, self.model = source, stage, model
-        self._tokenizer, self._seed = tokenizer, seed
+        self._tokenizer, self._seed, self._jpeg_draft = tokenizer, seed, jpeg_draft
 
     def prepare(
         self,
@@ -95,11 +105,19 @@ class Preparer:
         images = self.source.images(prepared.index)[prepared.first_image :]
         return [alter(image, alteration) for image, alteration in zip(images, prepared.alterations, strict=True)]
 
-    def views(self, prepared: Prepared) -> list[np.ndarray]:
-        """The patches of all views, as of `cut_views`. Raises as `Source.images`."""
+    def views(self, prepared: Prepared, into: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+        """The patches of all views, written to `into` as of `cut_views`. Raises as `Source.images`."""
+        rooms, views = iter(into or ()), []
         patch_size = self.model.tower.patch_size
-        pairs = zip(self.images(prepared), prepared.sample.plans, strict=True)
-        return [view for image, plan in pairs for view in cut_views(image, plan, patch_size)]
+        least: list[Size | None] = [None] * prepared.first_image
+        for plan, alteration in zip(prepared.sample.plans, prepared.alterations, strict=True):
+            least.append(least_size(plan) if self._jpeg_draft and not alteration.changes else None)
+        pictures = pictures_of(self.source, prepared.index, least if self._jpeg_draft else ())[prepared.first_image :]
+        for picture, plan, alteration in zip(pictures, prepared.sample.plans, prepared.alterations, strict=True):
+            image = alter(np.asarray(picture), alteration) if alteration.changes else picture
+            room = None if into is None else list(itertools.islice(rooms, len(plan.views)))
+            views += cut_views(image, plan, patch_size, room, self._jpeg_draft and not alteration.changes)
+        return views
 
     def _encode(
         self, index: int, messages: Sequence[Message], drawn: Sequence[Drawn], reduction: Reduction

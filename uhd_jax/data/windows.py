@@ -95,7 +95,7 @@ class WindowPlanner:
             raise PipelineError(f"stage {stage.name!r}: the source {stage.data.source!r} is empty")
         self._stream = source.stream(self._seed) if isinstance(source, Mixture) else Stream(len(source), self._seed)
         self._carried: dict[int, Prepared] = {}  # by place: those left over by the last window
-        self.preparer = Preparer(source, stage, model, tokenizer, self._seed)
+        self.preparer = Preparer(source, stage, model, tokenizer, self._seed, train.jpeg_draft)
         self.epoch = self._stream.epoch
         self.buckets = self._given_buckets() or self._planned_buckets()
         data = to_dict(stage.data)

@@ -13,12 +13,12 @@ from uhd_jax.data.sources.arrow import ArrowDataset, ArrowOptions
 from uhd_jax.data.sources.json_file import JsonFiles, JsonOptions
 from uhd_jax.data.sources.mixture import Mixture, MixtureOptions
 from uhd_jax.data.sources.parquet import Parquet, ParquetOptions
-from uhd_jax.data.sources.protocol import Source, SourceError
+from uhd_jax.data.sources.protocol import Source, SourceError, pictures_of
 from uhd_jax.data.sources.records import Records, RecordsOptions
 from uhd_jax.data.sources.size_mix import SizeMix, SizeMixOptions
 from uhd_jax.data.sources.tar import TarOptions, TarShards
 
-__all__ = ["SOURCES", "Records", "Source", "SourceError", "SourceKind", "check_data", "make_source"]
+__all__ = ["SOURCES", "Records", "Source", "SourceError", "SourceKind", "check_data", "make_source", "pictures_of"]
 
 
 class SourceKind(NamedTuple):

@@ -15,10 +15,11 @@ from typing import Any
 
 import grain
 import numpy as np
+from PIL import Image
 
 from uhd_jax.config.checks import require, require_at_least
 from uhd_jax.data.chat import Message
-from uhd_jax.data.sources.protocol import Source
+from uhd_jax.data.sources.protocol import Source, pictures_of
 from uhd_jax.slicing.plan import Size
 
 _SMALL = 4096  # samples; of fewer a whole epoch is shuffled at once, for which Grain would take milliseconds a place
@@ -111,6 +112,11 @@ class Mixture:
         """As the part's source."""
         _, source, number = self._place(index)
         return source.images(number)
+
+    def pictures(self, index: int, least: Sequence[Size | None] = ()) -> list[Image.Image | np.ndarray]:
+        """As the part's source."""
+        _, source, number = self._place(index)
+        return pictures_of(source, number, least)
 
     def files(self, index: int) -> list[bytes]:
         """As the part's source."""

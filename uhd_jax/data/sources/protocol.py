@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 from uhd_jax.data.chat import Message
 from uhd_jax.slicing.plan import Size
@@ -38,3 +39,15 @@ class Source(Protocol):
 
     def where(self, index: int) -> str:
         """Where a sample comes from, for messages: `path/to/file.jsonl:17`."""
+
+
+def pictures_of(source: Source, index: int, least: Sequence[Size | None] = ()) -> list[Image.Image | np.ndarray]:
+    """The images of a sample as `slicing.pixels` takes them: pictures where the source has `pictures`, else arrays.
+
+    Args:
+      source: may have a method `pictures(index, least)` beside those of the protocol.
+      index: of the sample.
+      least: for each image, as of `image_io.open_picture`; empty: decoded as they are.
+    """
+    pictures = getattr(source, "pictures", None)
+    return pictures(index, least) if pictures else source.images(index)

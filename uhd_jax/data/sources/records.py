@@ -5,11 +5,12 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from uhd_jax.config import ImageLimits
 from uhd_jax.data.chat import Message
@@ -93,6 +94,12 @@ class Records:
     def images(self, index: int) -> list[np.ndarray]:
         """The decoded images."""
         return [image_io.open_image(image, self._limits) for image in self._opened(index)]
+
+    def pictures(self, index: int, least: Sequence[Size | None] = ()) -> list[Image.Image]:
+        """As `protocol.pictures_of`."""
+        images = self._opened(index)
+        pairs = zip(images, least or [None] * len(images), strict=True)
+        return [image_io.open_picture(image, self._limits, size) for image, size in pairs]
 
     def files(self, index: int) -> list[bytes]:
         """The files of the images, byte for byte."""

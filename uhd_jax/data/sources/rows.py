@@ -5,10 +5,11 @@ from __future__ import annotations
 import abc
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from uhd_jax.config import ImageLimits
 from uhd_jax.data.chat import Message
@@ -61,6 +62,12 @@ class RowSource(abc.ABC):
     def images(self, index: int) -> list[np.ndarray]:
         """The decoded images."""
         return [image_io.open_image(image, self._limits) for image in self._opened(index)]
+
+    def pictures(self, index: int, least: Sequence[Size | None] = ()) -> list[Image.Image]:
+        """As `protocol.pictures_of`."""
+        images = self._opened(index)
+        pairs = zip(images, least or [None] * len(images), strict=True)
+        return [image_io.open_picture(image, self._limits, size) for image, size in pairs]
 
     def files(self, index: int) -> list[bytes]:
         """The files of the images, byte for byte."""

@@ -1,0 +1,88 @@
+"""Fine-tunes a model on conversations and images of your own: the last stage of v4's recipe, whatever the model.
+
+  uhd-jax convert import MiniCPM-V-4.6 start
+  uhd-jax train --config=configs/finetune.py:start,photos/train.json --workdir=runs/tuned
+
+After the colon stand the model, a folder of `convert import` or `combine` or the workdir of a run, and the data, a file
+or a folder in any format of docs/data.md; then options, joined by commas:
+
+  images=DIR        where the paths of images begin (default: the folder of the data)
+  train=PARTS       what is trained: all (default), language (connector and decoder), connector, or parts joined by "+"
+  steps=N           default 500; `uhd-jax data stats` says how many rows the data fills
+  rows=N            packed rows of one step over all devices (default 8), a multiple of their number
+  length=N          tokens of a row (default 4900, as in the recipe); a longer sample is trained with fewer slices
+  rate=X            learning rate (default 1e-5); it falls to a tenth
+
+Sizes, slicing, prompt form and tokenizer are the model's own. For a model of 1.3 billion parameters and one host of
+eight accelerators with 80 GB: 20 GB of float32 state are sharded over all of them. docs/finetune.md goes through all of
+it with a tiny model, on a CPU.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from uhd_jax.checkpoint import load_model_config
+from uhd_jax.config import PARTS, ConfigError, to_dict
+
+WHAT = {"all": PARTS, "language": ("connector", "connector_positions", "decoder"), "connector": ("connector",)}
+SOURCES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tar": "tar", ".arrayrecord": "array_record"}
+USAGE = "--config=configs/finetune.py:MODEL,DATA"
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The run; `arg` as described above."""
+    model, _, rest = arg.partition(",")
+    data, *given = rest.split(",")
+    if not model or not data:
+        raise ConfigError(f"name a model and data after the colon: {USAGE}")
+    options = {"images": "", "train": "all", "steps": "500", "rows": "8", "length": "4900", "rate": "1e-5"}
+    for item in given:
+        key, equals, value = item.partition("=")
+        if not equals or key not in options:
+            raise ConfigError(f"option {item!r} is not one of {'=, '.join(options)}=")
+        options[key] = value
+    numbers = {key: _number(key, options[key], int) for key in ("steps", "rows", "length")}
+    rate = _number("rate", options["rate"], float)
+    config = to_dict(load_model_config(model))
+    if (Path(model) / "tokenizer").is_dir():
+        config["chat"]["tokenizer"] = str(Path(model) / "tokenizer")
+    stage = {
+        "name": "finetune",
+        "data": _data(data, options["images"]),
+        "trainable": WHAT.get(options["train"], tuple(options["train"].split("+"))),
+        "steps": numbers["steps"],
+        "warmup_steps": numbers["steps"] // 10,
+        "rows": numbers["rows"],
+        "packed_length": numbers["length"],
+        "max_slices": config["slicing"]["max_slices"],
+        "learning_rate": rate,
+        "learning_rate_min": rate / 10,
+        "sample_weight_power": 0.5,
+        "pre_resize": config["slicing"]["pre_resize"],
+    }
+    return ConfigDict(
+        {
+            "name": "finetune",
+            "model": config,
+            "train": {"stages": [stage], "init_from": model, "mesh": {"data": 1, "fsdp": -1, "tensor": 1}},
+        }
+    )
+
+
+def _data(path: str, images: str) -> dict:
+    """The source of a file by its suffix, of a folder by what is in it."""
+    suffixes = {Path(path).suffix, *(file.suffix for file in Path(path).glob("*"))}
+    kinds = sorted({SOURCES[suffix] for suffix in suffixes if suffix in SOURCES})
+    if len(kinds) != 1:
+        raise ConfigError(f"{path}: {' and '.join(kinds) or 'no file'} named *{', *'.join(SOURCES)}; name one format")
+    if images and kinds[0] in ("tar", "array_record"):
+        raise ConfigError(f"images={images}: data of the kind {kinds[0]!r} holds its images itself")
+    return {"source": kinds[0], "options": {"path": path} | ({"image_root": images} if images else {})}
+
+
+def _number(key: str, text: str, kind: type) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"{key}={text}: must be a number") from None
