@@ -30,9 +30,16 @@ import jax
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from uhd_jax.config import DataConfig, DecoderConfig, ModelConfig, StageConfig, TrainConfig
-from uhd_jax.config.run import MeshConfig
-from uhd_jax.data.pipeline import make_iterator
+from uhd_jax.config import (
+    BucketConfig,
+    DataConfig,
+    DecoderConfig,
+    MeshConfig,
+    ModelConfig,
+    StageConfig,
+    TrainConfig,
+)
+from uhd_jax.data.pipeline import BatchIterator, make_iterator
 from uhd_jax.data.sources import make_source
 from uhd_jax.sharding.mesh import make_mesh
 from uhd_jax.sharding.rules import place_batch
@@ -45,12 +52,14 @@ _TILE = 320  # pixels per side of a piece of the mosaic
 _PACKED_LENGTH = 4096
 _PIXELS = 16_000_000  # of all files of a size together, if these are no more than asked for and no fewer than
 _LEAST = 4
-_SAMPLES = 20_000  # in the file, of the same images: to shuffle a handful takes longer per sample than to shuffle many
+# Rows of the file that is timed, about the same images: shuffling a handful takes longer for each than shuffling many.
+_SAMPLES = 20_000
 _QUESTION = "<image>\nWhat is in the picture, and how is it lit? Answer in one sentence."
 _ANSWER = (
     "A temple with a curved roof of tiles stands behind trees, and a red flower is seen from very near in soft light."
 )
-_MODEL = ModelConfig(  # the decoder is never built: only its number of ids is looked at
+_TEXT = 256  # tokens of question, answer and marks, which are bytes
+MODEL = ModelConfig(  # the decoder is never built: only its number of ids is looked at
     decoder=DecoderConfig(vocab_size=288, width=32, mlp_width=32, layers=1, heads=1, kv_heads=1, head_dim=32)
 )
 
@@ -85,18 +94,11 @@ def measure(sizes: Sequence[Size] = SIZES, images: int = 28, repeats: int = 3, d
 
 def _measure(size: Size, folder: Path, images: int, repeats: int, draft: bool) -> Speed:
     images = max(_LEAST, min(images, _PIXELS // (size.height * size.width)))
-    files = [_photo(size, number) for number in range(images)]
-    lines = []
-    for number, file in enumerate(files):
-        name = f"{size.height}x{size.width}-{number}.jpg"
-        (folder / name).write_bytes(file)
-        said = [{"from": "human", "value": _QUESTION}, {"from": "gpt", "value": _ANSWER}]
-        lines.append(json.dumps({"image": name, "conversations": said}))
-    path = folder / f"{size.height}x{size.width}.jsonl"
-    path.write_text("\n".join(itertools.islice(itertools.cycle(lines), _SAMPLES)), encoding="utf-8")
-    plan = plan_image(size, _MODEL)
+    path = write_photographs(folder, size, images, _SAMPLES)
+    files = [file.read_bytes() for file in sorted(folder.glob(f"{path.stem}-*.jpg"))]
+    plan = plan_image(size, MODEL)
     decoded = [_decode(file) for file in files]
-    pipeline = _Pipeline(path, images, draft)
+    pipeline = _Pipeline(path, size, images, draft)
     try:
         times = [
             (_timed(lambda: [_decode(file) for file in files]), _timed(lambda: _resize_all(decoded, plan)), pipeline())
@@ -117,26 +119,48 @@ def _measure(size: Size, folder: Path, images: int, repeats: int, draft: bool) -
     )
 
 
+def write_photographs(folder: Path, size: Size, images: int, samples: int = 0) -> Path:
+    """LLaVA JSON lines about so many images of a size; with more samples than images they come again."""
+    lines = []
+    for number in range(images):
+        name = f"{size.height}x{size.width}-{number:03d}.jpg"
+        (folder / name).write_bytes(_photo(size, number))
+        said = [{"from": "human", "value": _QUESTION}, {"from": "gpt", "value": _ANSWER}]
+        lines.append(json.dumps({"image": name, "conversations": said}))
+    path = folder / f"{size.height}x{size.width}.jsonl"
+    path.write_text("\n".join(itertools.islice(itertools.cycle(lines), samples or images)), encoding="utf-8")
+    return path
+
+
+def open_batches(path: Path, size: Size, **train: Any) -> BatchIterator:
+    """Batches of one row of what `write_photographs` made for a size; options as of `TrainConfig`."""
+    data, plan = DataConfig("json", {"path": str(path)}), plan_image(size, MODEL)
+    views = len(plan.views)
+    samples = _PACKED_LENGTH // (plan.visual_tokens + 2 * views + _TEXT)
+    # Given, because a planner of buckets would read thousands of samples first.
+    bucket = BucketConfig(views * samples, _PACKED_LENGTH, max(view.patch_grid.area for view in plan.views))
+    stage = StageConfig(
+        name="bench",
+        data=data,
+        steps=1,
+        rows=1,
+        packed_length=_PACKED_LENGTH,
+        learning_rate=0.0,
+        learning_rate_min=0.0,
+        trainable=("decoder",),
+        buckets=(bucket,),
+    )
+    return make_iterator(stage, MODEL, TrainConfig(stages=(stage,), **train), make_source(data))
+
+
 class _Pipeline:
     """The input pipeline of a stage, on the files of one size; called, it gives seconds per image of an epoch."""
 
-    def __init__(self, path: Path, images: int, draft: bool):
-        data = DataConfig("json", {"path": str(path)})
-        stage = StageConfig(
-            name="bench",
-            data=data,
-            steps=1,
-            rows=1,
-            packed_length=_PACKED_LENGTH,
-            learning_rate=0.0,
-            learning_rate_min=0.0,
-            trainable=("decoder",),
-        )
+    def __init__(self, path: Path, size: Size, images: int, draft: bool):
         # Nothing is prepared ahead, so that the time of a batch is that of its own images.
-        train = TrainConfig(stages=(stage,), packing_window=images, prefetch=0, jpeg_draft=draft)
+        self._batches = open_batches(path, size, packing_window=images, prefetch=0, jpeg_draft=draft)
         self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         self._least = images
-        self._batches = make_iterator(stage, _MODEL, train, make_source(data))
         self.close = self._batches.close
         self()  # opens, starts threads
 
