@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from test_pipeline import Numbered, equal, iterator, numbers_of, take
 
-from uhd_jax.config import ConfigError, DataConfig
+from uhd_jax.config import AugmentConfig, ConfigError, DataConfig
 from uhd_jax.data.chat import Message
 from uhd_jax.data.sources import SOURCES, SourceKind, check_data, make_source
 from uhd_jax.data.sources.mixture import Mixture, MixtureOptions, MixturePart
+from uhd_jax.slicing.sizes import Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +151,25 @@ def test_resume_is_exact_and_another_mixture_is_refused():
 def test_impossible_mixtures_are_named(parts, complaint):
     with pytest.raises(ConfigError, match=complaint):
         check_data(DataConfig("mixture", {"parts": parts}))
+
+
+def test_enhancement_names_parts_of_the_mixture():
+    source = mixture(part("pages", 30, weight=1), part("photos", 30, weight=1))
+    images = {}
+    for parts in (("pages",), ("photos",), ()):
+        batches = iterator(source, augment=AugmentConfig(ocr_probability=1.0, ocr_parts=parts))
+        images[parts] = {
+            int(index): batches._planner.preparer.drawn(index, 0, [Size(9, 9)])[0].alteration.ocr_seed >= 0
+            for index in (0, 29, 30, 59)
+        }
+        batches.close()
+    assert list(images["pages",].values()) == [True, True, False, False]
+    assert list(images["photos",].values()) == [False, False, True, True] and all(images[()].values())
+    augment = AugmentConfig(ocr_parts=("scans",))
+    with pytest.raises(ConfigError, match="stage 's': augment.ocr_parts: 'scans': the parts .* are pages, photos"):
+        iterator(source, augment=augment)
+    with pytest.raises(ConfigError, match="'scans': its data is no mixture"):
+        iterator(Numbered(), augment=augment)
 
 
 def test_an_empty_part_is_named():

@@ -8,9 +8,11 @@ import pytest
 from test_pipeline import Numbered, equal, iterator, numbers_of
 
 from uhd_jax.config import AugmentConfig, BucketConfig
+from uhd_jax.data.augment import alter
 from uhd_jax.data.chat import ImagePart, Message
 from uhd_jax.data.sources.mixture import Mixture, MixtureOptions, MixturePart
 from uhd_jax.data.windows import FEWER_SLICES, TOO_LONG, TURNS_CUT
+from uhd_jax.slicing.pixels import cut_views
 from uhd_jax.slicing.sizes import Size
 
 BATCHES = 6
@@ -97,3 +99,22 @@ def test_the_reference_has_what_is_compared(reference):
     assert not all(equal(next(batches)[0], batch) for batch, _ in made[:3])
     batches.close()
     assert len({tuple(numbers_of(batch)) for batch, _ in made}) == BATCHES
+
+
+def test_the_pixels_are_of_the_images_that_are_left():
+    """Of two images of a conversation whose first round is cut, the second one, resized as it was planned."""
+    batches, source = iterator(mixture(), **STAGE), mixture()
+    planner = batches._planner
+    kept = (planner._prepare(place, planner.buckets)[0] for place in range(200))
+    prepared = next(
+        one for one in kept if one.reduction.rounds and one.alterations[-1].size != one.alterations[-1].image
+    )
+    images = source.images(prepared.index)
+    assert len(images) == prepared.first_image + len(prepared.alterations) and prepared.first_image > 0
+    altered = alter(images[-1], prepared.alterations[-1])
+    plan = prepared.sample.plans[-1]
+    assert altered.shape == (*prepared.alterations[-1].size, 3) == (*plan.image, 3)
+    expected = cut_views(altered, plan, 14)
+    for view, patches in zip(planner.preparer.views(prepared)[-len(expected) :], expected, strict=True):
+        np.testing.assert_array_equal(view, patches)
+    batches.close()

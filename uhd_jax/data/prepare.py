@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from uhd_jax.config import BucketConfig, ModelConfig, StageConfig
+from uhd_jax.config.checks import require
 from uhd_jax.data.augment import Alteration, Drawn, alter, draw
 from uhd_jax.data.chat import EncodedSample, Message, encode_chat
 from uhd_jax.data.fitting import Reduction, cuttable, reduce_to_fit, without_oldest
@@ -41,6 +42,9 @@ class Preparer:
       tokenizer: of the model.
       seed: of the stage.
       jpeg_draft: whether JPEGs may be decoded smaller than they are (`TrainConfig.jpeg_draft`).
+
+    Raises:
+      ConfigError: augment.ocr_parts names what is no part of the source.
     """
 
     def __init__(
@@ -52,6 +56,10 @@ class Preparer:
         seed: int,
         jpeg_draft: bool = False,
     ):
+        known = source.parts if isinstance(source, Mixture) else ()
+        for name in stage.augment.ocr_parts:
+            parts = f"the parts of its mixture are {', '.join(known)}" if known else "its data is no mixture"
+            require(name in known, f"stage {stage.name!r}: augment.ocr_parts", f"{name!r}: {parts}")
         self.source, self.stage, self.model = source, stage, model
         self._tokenizer, self._seed, self._jpeg_draft = tokenizer, seed, jpeg_draft
 

@@ -123,6 +123,11 @@ class Mixture:
         _, source, number = self._place(index)
         return source.files(number)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parts."""
+        return tuple(part.name for part in self._parts)
+
     def part(self, index: int) -> str:
         """The name of the part that a sample belongs to."""
         return self._parts[self._place(index)[0]].name
