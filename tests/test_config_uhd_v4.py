@@ -7,6 +7,7 @@ import pytest
 
 from uhd_jax import cost
 from uhd_jax.config import ConfigError, from_config_dict
+from uhd_jax.slicing.plan import Size, plan_image
 
 FILE = Path(__file__).parents[1] / "configs" / "uhd_v4.py"
 
@@ -35,7 +36,19 @@ def test_options():
     assert stage.data.options == {"path": "/d/stage1.jsonl"}
 
 
-@pytest.mark.parametrize("arg", ["stage5", "recipe", "colour=red", "recipe=best"])
+@pytest.mark.parametrize("encoding", ["slices", "global"])
+@pytest.mark.parametrize("compressor", ["none", "window_attention_reused_mlp"])
+def test_moonvit_with_either_encoding_with_and_without_compressor(encoding, compressor):
+    model = load(f"tower=moonvit,encoding={encoding},compressor={compressor}").model
+    counts = cost.parameter_counts(model)
+    # Of MoonViT's published 416,866,032 parameters its last norm is among the tower's.
+    assert sum(counts[part] for part in ("tower", "patch_embedding", "position_table")) == 416_866_032
+    assert ("compressor" in counts and counts["compressor"] > 0) == (compressor != "none")
+    plan = plan_image(Size(896, 1344), model)
+    assert (len(plan.views), plan.visual_tokens) == ((1, 384) if encoding == "global" else (7, 454))
+
+
+@pytest.mark.parametrize("arg", ["tower=vit", "stage5", "recipe", "colour=red", "recipe=best"])
 def test_unknown_options_are_named(arg):
     with pytest.raises(ConfigError, match=arg.partition("=")[2] or arg):
         load(arg)
