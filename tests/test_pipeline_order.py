@@ -36,7 +36,8 @@ class Talks(Numbered):
         turns = []
         for number in range(rounds):
             asked = f"<{index}>" if number == rounds - 1 else "so " * (index % 7)
-            turns += [Message("user", (ImagePart(number), asked)), Message("assistant", ("x" * (3 * (index % 11) + 1),))]
+            answer = "x" * (3 * (index % 11) + 1)
+            turns += [Message("user", (ImagePart(number), asked)), Message("assistant", (answer,))]
         return tuple(turns)
 
 
