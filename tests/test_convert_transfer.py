@@ -192,7 +192,7 @@ def test_one_foreign_tensor_is_in_memory_at_a_time(checkpoint, tmp_path, monkeyp
         import_model(watched, tmp_path / "made", found)
         assert watched.most == 2
         watched.most = 0
-        load_params(watched, found, with_shardings(found.abstract, make_mesh(MeshConfig(1, 8, 1))))
+        load_params(watched, found, with_shardings(found.abstract, make_mesh(MeshConfig(data=1, fsdp=8))))
         assert watched.most == 2
 
 

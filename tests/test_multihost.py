@@ -146,10 +146,11 @@ def test_fewer_devices_than_asked_for_are_a_warning_that_names_them_and_an_error
 @pytest.mark.parametrize(
     ("sizes", "each", "expected"),
     [
-        ((8, 1, 1), 2, [0, 1, 2, 3]),
-        ((2, 2, 2), 2, [0, 1, 2, 3]),
-        ((2, 1, 4), 2, [0, 0, 1, 1]),  # two processes split the layers of the same rows
-        ((1, 1, 8), 4, [0, 0]),
+        ((1, 8, 1, 1, 1), 2, [0, 1, 2, 3]),
+        ((1, 2, 2, 1, 2), 2, [0, 1, 2, 3]),
+        ((2, 1, 2, 2, 1), 2, [0, 1, 2, 3]),
+        ((1, 2, 1, 2, 2), 2, [0, 0, 1, 1]),  # two processes split the tokens of the same rows
+        ((1, 1, 1, 1, 8), 4, [0, 0]),
     ],
 )
 def test_processes_provide_rows_by_the_mesh(sizes, each, expected):

@@ -1,7 +1,10 @@
-"""The mesh, and the table of rules over models of full and demo size."""
+"""The mesh, and the table of rules over the models of every configuration."""
 
 import dataclasses
+import functools
 import re
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +24,24 @@ from uhd_jax.config import (
     PyramidConfig,
     TowerConfig,
 )
+from uhd_jax.config import from_config_dict as build
 from uhd_jax.config.presets import CLIP_L_14_336, VICUNA_7B
 from uhd_jax.models import uhd
 from uhd_jax.sharding.mesh import ShardingError, make_mesh
 from uhd_jax.sharding.rules import (
     RULES,
-    batch_sharding,
     check_rows,
     param_shardings,
     param_spec,
     place_batch,
     with_shardings,
 )
+from uhd_jax.sharding.views import fold_views, unfold_views
+from uhd_jax.training import vdim
+
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
+ROOT = Path(__file__).parents[1]
 
 FULL = ModelConfig(DecoderConfig(151_936, 4096, 12_288, 36, 32, 8, 128, qk_norm=True))
 QWEN2 = dataclasses.replace(FULL, decoder=dataclasses.replace(FULL.decoder, qk_norm=False, qkv_bias=True))
@@ -65,34 +74,51 @@ HIWIN = ModelConfig(
     CompressorConfig("none"),
     ConnectorConfig("hiwin", pyramid=PyramidConfig(7)),
 )
+# Options that change what parameters there are; others change sizes, schedules or data.
+CONFIGS = {
+    "uhd_v1": ("", "7b,arxiv", "mlp"),
+    "uhd_v2": ("", "qwen2", "paper", "mask=15,pyramid=deconvolution", "pyramid=bilinear", "connector=perceiver"),
+    "uhd_v4": ("",),
+    "demo": ("v1", "v2", "v4"),
+}
+CONFIGS["uhd_v2"] += ("connector=bilinear_mlp",)
 MODELS = {
-    "full": FULL,
     "qwen2, tied": dataclasses.replace(QWEN2, decoder=dataclasses.replace(QWEN2.decoder, tied_head=True)),
     "post-ViT": dataclasses.replace(FULL, compressor=CompressorConfig("none"), connector=ConnectorConfig(rounds=2)),
-    "hiwin": HIWIN,
     "qwen3.5": QWEN35,
-    "tiny": tiny.MODEL,
-    "tiny hybrid": tiny.HYBRID,
-    **{f"tiny {name}": model for name, model in tiny.KINDS.items()},
+    "moonvit": tiny.KINDS["moonvit"],
 } | {kind: dataclasses.replace(FULL, compressor=CompressorConfig(kind)) for kind in COMPRESSORS if kind != "none"}
 
 
+@functools.cache
 def abstract(model):
     return jax.eval_shape(lambda key: uhd.init_params(model, key), jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_exactly_one_rule_of_the_right_rank_for_every_parameter(name):
-    for path, leaf in flatten_dict(abstract(MODELS[name]), sep="/").items():
-        matching = [axes for pattern, axes in RULES if re.fullmatch(pattern, path)]
-        assert len(matching) == 1, (path, matching)
-        assert len(matching[0]) == len(leaf.shape), (path, leaf.shape, matching)
+def shapes():
+    """Name of model -> shapes by path, the scaffolds of v2's pre-training with them."""
+    models = dict(MODELS)
+    for file, arguments in CONFIGS.items():
+        get_config = runpy.run_path(str(ROOT / f"configs/{file}.py"))["get_config"]
+        models |= {f"{file}:{argument}": build(get_config(argument)).model for argument in arguments}
+    trees = {name: abstract(model) for name, model in models.items()}
+    for form in ("paper", "released"):
+        scaffold = jax.eval_shape(functools.partial(vdim.init_scaffold, HIWIN, form), jax.random.key(0))
+        trees[form] = {"scaffold": scaffold}
+    return {
+        name: {path: leaf.shape for path, leaf in flatten_dict(tree, sep="/").items()} for name, tree in trees.items()
+    }
 
 
-def test_no_rule_is_useless():
-    paths = {path for model in MODELS.values() for path in flatten_dict(abstract(model), sep="/")}
-    for pattern, _ in RULES:
-        assert any(re.fullmatch(pattern, path) for path in paths), pattern
+def test_exactly_one_rule_of_the_right_rank_for_every_parameter_and_none_is_useless():
+    used = set()
+    for name, parameters in shapes().items():
+        for path, shape in parameters.items():
+            matching = [(pattern, axes) for pattern, axes in RULES if re.fullmatch(pattern, path)]
+            assert len(matching) == 1, (name, path, matching)
+            assert len(matching[0][1]) == len(shape), (name, path, shape, matching)
+            used.add(matching[0][0])
+    assert used == {pattern for pattern, _ in RULES}
 
 
 def test_full_model_is_split_over_fsdp_and_tensor():
@@ -100,11 +126,11 @@ def test_full_model_is_split_over_fsdp_and_tensor():
     shardings = param_shardings(abstract(FULL), mesh)
     assert shardings["decoder"]["layers"]["mlp"]["gate"]["kernel"].spec == P(None, "fsdp", "tensor")
     assert shardings["decoder"]["layers"]["attention"]["out"]["kernel"].spec == P(None, "tensor", "fsdp")
-    assert shardings["decoder"]["embedding"].spec == P(None, "fsdp")
+    assert shardings["decoder"]["embedding"].spec == P(None, ("fsdp", "tensor"))
     assert shardings["tower"]["layers"]["mlp"]["fc2"]["bias"].spec == P(None, None)
     leaves = jax.tree.leaves(with_shardings(abstract(FULL), mesh))
     on_one = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
-    # Kernels are in four pieces, the two tables in two (the head in four).
+    # Kernels, embedding and head are in four pieces, the tower's position table in two.
     assert on_one / sum(leaf.size for leaf in leaves) < 0.27
 
 
@@ -132,30 +158,29 @@ def test_hiwin_is_split_over_fsdp_and_tensor():
     assert on_one / sum(leaf.size for leaf in leaves) < 0.27
 
 
-@pytest.mark.parametrize("kind", ["bilinear_mlp", "perceiver", "spatial_resampler", "hiwin"])
-def test_connectors_give_on_eight_devices_what_they_give_on_one(kind):
-    """Without `whole_rows` in the resamplers, XLA divided a chain of products into other numbers, without a word."""
-    connector = dataclasses.replace(tiny.KINDS[kind].connector, pyramid=PyramidConfig())
-    module = uhd.connector(dataclasses.replace(tiny.KINDS[kind], connector=connector))
-    random = np.random.default_rng(0)
-    features = random.normal(size=(8, 16, 16)).astype(np.float32)
-    rest = np.full((8, 2), 4, np.int32), np.zeros((8, 16, 12), np.float32)
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), features, *rest))
-    params = {"connector": tiny.random_params(shapes["params"])}
+@pytest.mark.parametrize("kind", ["bilinear_mlp", "perceiver", "spatial_resampler", "hiwin", "moonvit"])
+def test_vision_gives_on_eight_devices_what_it_gives_on_one(kind):
+    """Rows of five views, which four devices do not share evenly; every parameter's gradient."""
+    model = tiny.KINDS[kind]
+    pyramid = PyramidConfig(3, "deconvolution") if kind == "bilinear_mlp" else PyramidConfig()
+    model = dataclasses.replace(model, connector=dataclasses.replace(model.connector, pyramid=pyramid))
+    batch = tiny.batch(0, dataclasses.replace(tiny.BUCKET, slots=5))
+    batch.patches[:], batch.patch_grids[:, :3] = np.random.default_rng(0).integers(0, 256, batch.patches.shape), (2, 4)
+    params = {name: tiny.random_params(abstract(model)[name]) for name in ("tower", "connector")}
 
     @jax.jit
-    def run(params, *views):
+    def run(params, batch):
         def loss(params):
-            out = module.apply({"params": params["connector"]}, *views)
-            return jnp.mean(out**2), out
+            views = uhd.encode_views(params, fold_views(batch.patches), fold_views(batch.patch_grids), model)
+            rows = unfold_views(views, *batch.patches.shape[:2])
+            return jnp.mean(rows[:, :3, :2] ** 2), rows[:, :3, :2]
 
         return jax.grad(loss, has_aux=True)(params)
 
-    expected = run(params, features, *rest)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    views = jax.device_put((features, *rest), batch_sharding(mesh))
+    expected = run(params, batch)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2))
     with jax.set_mesh(mesh):
-        ours = run(jax.device_put(params, param_shardings(params, mesh)), *views)
+        ours = run(jax.device_put(params, param_shardings(params, mesh)), place_batch(batch, mesh))
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 + 1e-4 * np.abs(b).max())
 
@@ -176,12 +201,13 @@ def test_a_dimension_that_does_not_divide():
 
 
 def test_mesh_sizes():
-    assert dict(make_mesh(MeshConfig(data=-1, fsdp=2)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
-    assert dict(make_mesh(MeshConfig(fsdp=-1, data=1), jax.devices()[:3]).shape) == {"data": 1, "fsdp": 3, "tensor": 1}
-    assert make_mesh(MeshConfig()).axis_types == (jax.sharding.AxisType.Auto,) * 3
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=2))
+    assert dict(mesh.shape) == {"dcn_data": 1, "data": 4, "fsdp": 2, "sequence": 1, "tensor": 1}
+    assert make_mesh(MeshConfig(fsdp=-1, data=1), jax.devices()[:3]).shape["fsdp"] == 3
+    assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 5
     for config, message in [
-        (MeshConfig(data=3), "data=3xfsdp=1xtensor=1 does not fit 8 devices"),
-        (MeshConfig(data=-1, fsdp=3), "data=-1xfsdp=3xtensor=1 does not fit 8 devices"),
+        (MeshConfig(data=3), "data=3 x fsdp=1 x sequence=1 x tensor=1 does not fit 8 devices"),
+        (MeshConfig(data=-1, fsdp=3), "data=-1 x fsdp=3 x sequence=1 x tensor=1 does not fit 8 devices"),
         (MeshConfig(data=-1, fsdp=-1), "at most one may be -1"),
         (MeshConfig(data=0), "must be positive"),
     ]:

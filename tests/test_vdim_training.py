@@ -146,7 +146,7 @@ def test_eight_devices_equal_one_and_keys_make_a_difference(form):
         return vdim.loss_sums(params, batch, key, model, one.reconstruction)
 
     drawn, made = jax.device_get(jax.jit(draw)()), []
-    for mesh_config, seeds in ((MeshConfig(1), (0, 1)), (MeshConfig(2, 2, 2), (0,))):
+    for mesh_config, seeds in ((MeshConfig(data=1), (0, 1)), (MeshConfig(data=2, fsdp=2, tensor=2), (0,))):
         mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.data * mesh_config.fsdp * mesh_config.tensor])
         target = abstract_state(drawn, optimizer, UPSAMPLER, mesh)
         step = make_train_step(loss_sums, one, OptimizerConfig(), target, mesh)

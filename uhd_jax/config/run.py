@@ -128,11 +128,17 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; one of them may be -1, 'all that are left'."""
+    """Devices per mesh axis, the slowest network first; one may be -1, 'all that are left' (docs/sharding.md)."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    dcn_data: int = 1  # whole copies of the parameters, one per TPU slice or group of hosts
+    data: int = -1  # whole copies
+    fsdp: int = 1  # parameters and rows split
+    sequence: int = 1  # tokens of a row split, and parameters
+    tensor: int = 1  # layers split inside: heads, hidden units, vocabulary
+    unsharded_tolerance: float = 0.02  # share of the parameters' bytes that may stay unsplit where fsdp or sequence > 1
+
+    def __post_init__(self):
+        require(0 <= self.unsharded_tolerance <= 1, "unsharded_tolerance", "must be a share, from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)

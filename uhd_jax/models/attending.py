@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from uhd_jax.ops import attention_kernels as kernels
 from uhd_jax.ops.attention import attention
-from uhd_jax.sharding.rules import BATCH_AXES
+from uhd_jax.sharding.activations import mesh_in_use
+from uhd_jax.sharding.mesh import BATCH_AXES
 
 SHORT = 256  # rows below this are left to XLA: a kernel would be mostly padding
 
@@ -46,26 +48,58 @@ def self_attention(
 ) -> jax.Array:
     """`ops.attention.attention` of a row with itself, by what suits the mesh in context.
 
-    Kernels run in a `shard_map`, as the compiler cannot divide them: rows over the mesh axes of the batch, heads over
-    `tensor` where it divides them. Inside of another one each device has its own rows already.
+    On a mesh it runs in a `shard_map`: every device has its rows whole, and of their heads a part (`_over_heads`).
+    Inside of another one each device has its own rows already.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     platform = device.platform if device else None
     chosen = choose(implementation, platform, query, causal) if segments is not None else "xla"
-    if chosen == "xla":
-        return attention(query, key, value, segments, causal=causal)
-    if chosen == "splash":
-        run = functools.partial(kernels.splash, causal=causal, interpret=platform != "tpu")
-    else:
-        run = functools.partial(kernels.cudnn, causal=causal)
-    if mesh.empty or all(kind == AxisType.Manual for kind in mesh.axis_types):
+    run = {
+        "xla": attention,
+        "splash": functools.partial(kernels.splash, interpret=platform != "tpu"),
+        "cudnn": kernels.cudnn,
+    }[chosen]
+    run = functools.partial(run, causal=causal)
+    if mesh_in_use() is None or segments is None:
         return run(query, key, value, segments)
-    rows = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    return _over_heads(run, query, key, value, segments)
+
+
+def _over_heads(run: Callable[..., jax.Array], query, key, value, segments) -> jax.Array:
+    """`run` with rows over the mesh axes of the batch, and heads over `tensor` and `sequence`.
+
+    Elsewhere `sequence` splits a row's tokens. Here they come together and heads go apart, and back behind it: two
+    exchanges inside a row's group of devices, and each has the same share of causal work. Where a key head serves more
+    query heads than a device has, its devices all get it.
+    """
+    mesh = mesh_in_use()
+    rows = BATCH_AXES
     while query.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
         rows = rows[:-1]
-    tensor = "tensor" if key.shape[2] % mesh.shape["tensor"] == 0 else None
-    heads = PartitionSpec(rows, None, tensor, None)
-    of_rows = PartitionSpec(rows, None)
-    divided = jax.shard_map(run, in_specs=(heads, heads, heads, of_rows), out_specs=heads, check_vma=False)
-    return divided(query, key, value, segments)
+    apart = ("tensor", "sequence")
+    shared = query.shape[2] // key.shape[2]  # query heads of a key head
+    while apart:
+        here, left = divmod(query.shape[2], math.prod(mesh.shape[axis] for axis in apart))
+        if not left and (here % shared == 0 or shared % here == 0):
+            break
+        apart = apart[:-1]
+
+    fewer = bool(apart) and here < shared  # heads on a device than a key head serves
+
+    def local(query, key, value, segments):
+        if fewer:
+            number = jax.lax.axis_index(apart) * query.shape[2] // shared
+            key, value = (jax.lax.dynamic_slice_in_dim(array, number, 1, axis=2) for array in (key, value))
+        return run(query, key, value, segments)
+
+    def by_tokens(array):
+        tokens = "sequence" if array.shape[1] % mesh.shape["sequence"] == 0 else None
+        heads = "tensor" if array.shape[2] % mesh.shape["tensor"] == 0 else None
+        return jax.lax.with_sharding_constraint(array, PartitionSpec(rows, tokens, heads))
+
+    heads = PartitionSpec(rows, None, apart)
+    key_heads = PartitionSpec(rows) if fewer else heads
+    inputs = (heads, key_heads, key_heads, PartitionSpec(rows))
+    divided = jax.shard_map(local, in_specs=inputs, out_specs=heads, check_vma=False)
+    return by_tokens(divided(*map(by_tokens, (query, key, value)), segments))

@@ -17,6 +17,7 @@ from uhd_jax.models.vit import TowerLayer
 from uhd_jax.ops.attention import view_segments
 from uhd_jax.ops.merge import patch_coordinates
 from uhd_jax.ops.resize import resize_table
+from uhd_jax.sharding.gathering import GatherLayer
 
 
 class ClipTower(nn.Module):
@@ -31,6 +32,7 @@ class ClipTower(nn.Module):
     scan: bool = True
     remat: str = "none"
     attention: str = "auto"
+    gather: GatherLayer | None = None
 
     @nn.compact
     def __call__(
@@ -53,7 +55,7 @@ class ClipTower(nn.Module):
         cfg = self.config
         layer = TowerLayer(cfg, self.dtype, self.attention, parent=None)
         example = jnp.zeros((1, 4, cfg.width), self.dtype)
-        stacked = self.param("layers", layers.stack_init(layer, cfg.layers, example, None))
+        stacked = layers.stack_param(self, "layers", layers.stack_init(layer, cfg.layers, example, None))
         normal = nn.initializers.normal(cfg.width**-0.5)  # the original's; much less drowns in the pre-norm
         class_token = self.param("class_token", normal, (cfg.width,), jnp.float32)
         entries = 1 + math.prod(cfg.table_shape)  # the class token's, then those of the patches
@@ -73,7 +75,7 @@ class ClipTower(nn.Module):
             return x, x if collect else None
 
         stop = cfg.layers - cfg.skipped_layers
-        x, outputs = layers.run_stack(step, x, stacked, scan=self.scan, remat=self.remat, stop=stop)
+        x, outputs = layers.run_stack(step, x, stacked, scan=self.scan, remat=self.remat, gather=self.gather, stop=stop)
         if collect:
             taps["layers_before"] = outputs
         final_norm = layers.LayerNorm(cfg.norm_eps, self.dtype, name="final_norm")

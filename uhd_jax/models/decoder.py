@@ -8,7 +8,6 @@ layers, G gated delta layers.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +20,8 @@ from uhd_jax.models.attending import self_attention
 from uhd_jax.models.gated_delta import DeltaCache, GatedDelta
 from uhd_jax.ops.attention import attention
 from uhd_jax.ops.rope import apply_rope, rope_angles
+from uhd_jax.sharding.gathering import layer_gatherer
+from uhd_jax.sharding.vocabulary import lookup
 
 KeyValues = dict[str, jax.Array]  # "key", "value": float[.., S, K, H]
 # Keys and values of all layers, float[L, B, S, K, H], and whose are meant, int32[]. All of them go from layer to layer,
@@ -191,7 +192,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32[B, T] -> float[B, T, D]."""
-        return self.embedding[tokens].astype(self.dtype)
+        return lookup(self.embedding, tokens, self.dtype)
 
     def head_kernel(self) -> jax.Array:
         """float32[D, V]: the output matrix, the transposed embedding when tied."""
@@ -240,17 +241,23 @@ class Decoder(nn.Module):
             x, kept = self.delta_layer.apply({"params": params}, x, segments, layer_cache)
             return x, kept if keep else None
 
-        run = functools.partial(layers.run_stack, scan=self.scan, remat=self.remat, pin=cache is None)
+        def run(step, carry, name, inputs):
+            whole = layer_gatherer(getattr(self, name), f"decoder/{name}/", self.dtype)
+            gather = whole and (lambda inputs: (whole(inputs[0]), inputs[1]))
+            return layers.run_stack(
+                step, carry, inputs, scan=self.scan, remat=self.remat, pin=cache is None, gather=gather
+            )
+
         stack = None if cache is None else {name: cache[name] for name in ("key", "value")}
         full = self.layers, jnp.arange(cfg.layers // cfg.full_attention_interval)
         if cfg.full_attention_interval == 1:
-            (x, stack), kept = run(attend, (x, stack), full)
+            (x, stack), kept = run(attend, (x, stack), "layers", full)
             return self.final_norm(x), kept if cache is None else stack
 
         def group(carry, inputs):
             x, stack = carry
-            x, of_delta = run(delta, x, inputs[0])
-            carry, of_full = run(attend, (x, stack), jax.tree.map(lambda leaf: leaf[None], inputs[1]))
+            x, of_delta = run(delta, x, "delta_layers", inputs[0])
+            carry, of_full = run(attend, (x, stack), "layers", jax.tree.map(lambda leaf: leaf[None], inputs[1]))
             return carry, (of_delta, jax.tree.map(lambda leaf: leaf[0], of_full))
 
         states = None if cache is None else {name: cache[name] for name in ("conv", "state")}

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from uhd_jax.models.attending import self_attention
 from uhd_jax.ops.rope import apply_rope_pairs
-from uhd_jax.sharding.activations import over_rows
+from uhd_jax.sharding.activations import over_tokens
+from uhd_jax.sharding.gathering import GatherLayer, keep_all_but_whole
 
 Dtype = Any
 
@@ -127,6 +128,16 @@ def stack_init(layer: nn.Module, depth: int, *example: Any) -> Callable[[jax.Arr
     return init
 
 
+def stack_param(module: nn.Module, name: str, init: Callable[[jax.Array], dict]) -> dict:
+    """The stacked tree `name` of a module, made by `init` of `stack_init` where it is not there yet.
+
+    Unlike `module.param` it does not compare shapes: in a `shard_map` a device has a part of each layer.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init)
+
+
 def run_stack(
     step: Callable[[Any, Any], tuple[Any, Any]],
     carry: Any,
@@ -137,6 +148,7 @@ def run_stack(
     start: int = 0,
     stop: int | None = None,
     pin: bool = True,
+    gather: GatherLayer | None = None,
 ) -> tuple[Any, Any]:
     """Runs layers `start` to `stop` (exclusive) of a stacked tree.
 
@@ -149,17 +161,21 @@ def run_stack(
       start: first layer.
       stop: one past the last layer; None for all.
       pin: keep what is carried where its rows are; off where its leading axis is not one of rows.
+      gather: makes a layer's slice whole where devices hold parts of it, in the loop, and again for the gradient.
 
     Returns:
       The last carry, and the layers' outputs stacked on a leading axis.
     """
 
-    def placed(carry, layer):
-        return step(over_rows(carry) if pin else carry, layer)
+    def run(carry, layer):
+        carry = jax.tree.map(over_tokens, carry) if pin else carry
+        return step(carry, layer if gather is None else gather(layer))
 
-    run = placed
-    if remat != "none":
-        run = jax.checkpoint(placed, policy=REMAT_POLICIES[remat], prevent_cse=not scan)
+    policy = REMAT_POLICIES.get(remat)
+    if remat == "none" and gather is not None:
+        policy = keep_all_but_whole
+    if policy is not None:
+        run = jax.checkpoint(run, policy=policy, prevent_cse=not scan)
     part = jax.tree.map(lambda leaf: leaf[start:stop], stacked)
     if scan:
         return jax.lax.scan(run, carry, part)

@@ -19,7 +19,6 @@ from uhd_jax.models.pyramid import Pyramid
 from uhd_jax.ops.attention import attention
 from uhd_jax.ops.resize import resize_table
 from uhd_jax.ops.roi_align import choose_bins, pool_table, pool_windows
-from uhd_jax.sharding.activations import whole_rows
 
 # The released code cuts this at +-2, which is a hundred deviations.
 query_init = nn.initializers.normal(0.02)
@@ -88,8 +87,7 @@ class Resampler(nn.Module):
 
     def _finish(self, attended: jax.Array) -> jax.Array:
         kernel = self.param("output", nn.initializers.normal(self.width**-0.5), (self.width, self.width), jnp.float32)
-        # Left free, XLA's partitioner divides the two products around this norm into wrong gradients, without a word.
-        return self._norm("post_norm")(whole_rows(attended)) @ kernel.astype(self.dtype)
+        return self._norm("post_norm")(attended) @ kernel.astype(self.dtype)
 
 
 class Perceiver(Resampler):

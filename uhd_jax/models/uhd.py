@@ -6,6 +6,7 @@ Dimension letters: B rows, S view slots, V views, P patches per view, T tokens, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -26,6 +27,10 @@ from uhd_jax.models.resampler import Perceiver, SpatialResampler
 from uhd_jax.models.vit import Tower
 from uhd_jax.ops.losses import chunked_cross_entropy
 from uhd_jax.ops.merge import place_visual_tokens
+from uhd_jax.sharding.activations import mesh_in_use, pad_tokens
+from uhd_jax.sharding.gathering import GatherLayer
+from uhd_jax.sharding.views import fold_views, on_every_chip, unfold_views
+from uhd_jax.sharding.vocabulary import cross_entropy
 
 Params = dict[str, Any]
 
@@ -39,9 +44,9 @@ _CONNECTORS = {
 }
 
 
-def tower(config: ModelConfig) -> nn.Module:
-    """The tower's module."""
-    computing = (jnp.dtype(config.dtype), config.scan_layers, config.tower_remat, config.attention)
+def tower(config: ModelConfig, gather: GatherLayer | None = None) -> nn.Module:
+    """The tower's module; `gather` as in `layers.run_stack`."""
+    computing = (jnp.dtype(config.dtype), config.scan_layers, config.tower_remat, config.attention, gather)
     if config.tower.kind == "clip":
         return ClipTower(config.tower, *computing)
     return Tower(config.tower, config.compressor, *computing)
@@ -113,10 +118,17 @@ def encode_views(
     levels = config.merge_levels(mode)
     if patches.shape[1] % 4**levels:
         raise ValueError(f"room for {patches.shape[1]} patches per view is not a multiple of {4**levels}")
-    pixels = normalise_patches(patches, config.tower)
-    features, _ = tower(config).apply({"params": params["tower"]}, pixels, grids, levels=levels, compress=mode == "16x")
-    inside = config.compressor.kind != "none" and mode == "16x"
-    return connector(config).apply({"params": params["connector"]}, features, grids // 2**inside, pixels)
+    compress = mode == "16x"
+    inside = config.compressor.kind != "none" and compress
+
+    def encode(params, gather, patches, grids):
+        pixels = normalise_patches(patches, config.tower)
+        module = tower(config, gather)
+        features, _ = module.apply({"params": params["tower"]}, pixels, grids, levels=levels, compress=compress)
+        return connector(config).apply({"params": params["connector"]}, features, grids // 2**inside, pixels)
+
+    vision = {name: params[name] for name in ("tower", "connector")}
+    return on_every_chip(encode, jnp.dtype(config.dtype), vision, patches, grids)
 
 
 def embed(params: Params, batch: Batch, config: ModelConfig, mode: str | None = None) -> jax.Array:
@@ -125,9 +137,9 @@ def embed(params: Params, batch: Batch, config: ModelConfig, mode: str | None = 
     words = decoder(config).apply({"params": params["decoder"]}, batch.tokens, method="embed")
     if slots == 0:
         return words
-    patches = batch.patches.reshape(rows * slots, *batch.patches.shape[2:])
-    views = encode_views(params, patches, batch.patch_grids.reshape(-1, 2), config, mode)
-    features = views.reshape(rows, -1, views.shape[-1])
+    views = encode_views(params, fold_views(batch.patches), fold_views(batch.patch_grids), config, mode)
+    features = unfold_views(views, rows, slots)
+    features = features.reshape(rows, -1, features.shape[-1])
     return place_visual_tokens(words, features, batch.visual_index)
 
 
@@ -159,12 +171,19 @@ def loss_sums(
 
     The weight at t belongs to predicting tokens[t] from what stands before it, so a sample's first token must weigh 0.
     """
-    hidden = hidden_states(params, batch, config, mode)
-    weights = batch.loss_weights[:, 1:]
-    total = chunked_cross_entropy(
-        hidden[:, :-1], head_kernel(params, config), batch.tokens[:, 1:], weights, config.loss_chunk
-    )
-    return total, jnp.sum(weights)
+    targets, weights = batch.tokens[:, 1:], batch.loss_weights[:, 1:]
+    if mesh_in_use() is None:
+        hidden = hidden_states(params, batch, config, mode)
+        total = chunked_cross_entropy(hidden[:, :-1], head_kernel(params, config), targets, weights, config.loss_chunk)
+        return total, jnp.sum(weights)
+    padded = {name: pad_tokens(getattr(batch, name)) for name in ("tokens", "positions", "segments")}
+    padded["visual_index"] = pad_tokens(batch.visual_index, -1)
+    hidden = hidden_states(params, dataclasses.replace(batch, **padded), config, mode)
+    # As many targets as tokens, so that both lie alike: the last token of a row predicts nothing.
+    targets, weights = (pad_tokens(jnp.pad(array, ((0, 0), (0, 1)))) for array in (targets, weights))
+    tied = config.decoder.tied_head
+    head = params["decoder"]["embedding" if tied else "head"]
+    return cross_entropy(hidden, head, targets, weights, tied, config.loss_chunk), jnp.sum(weights)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "cache_length", "mode"))

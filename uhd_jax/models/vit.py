@@ -22,6 +22,7 @@ from uhd_jax.ops.attention import view_segments
 from uhd_jax.ops.merge import nearest_table_index, patch_coordinates
 from uhd_jax.ops.resize import resize_table
 from uhd_jax.ops.rope import rope_angles_2d
+from uhd_jax.sharding.gathering import GatherLayer
 
 ROPE_THETA = 10_000.0  # MoonViT's; its config does not have it
 
@@ -61,6 +62,7 @@ class Tower(nn.Module):
     scan: bool = True
     remat: str = "none"
     attention: str = "auto"
+    gather: GatherLayer | None = None
 
     @nn.compact
     def __call__(
@@ -83,7 +85,7 @@ class Tower(nn.Module):
         rotary = cfg.kind == "moonvit"
         layer = TowerLayer(cfg, self.dtype, self.attention, parent=None)
         example = jnp.zeros((1, 4, cfg.width), self.dtype)
-        stacked = self.param("layers", layers.stack_init(layer, depth, example, None))
+        stacked = layers.stack_param(self, "layers", layers.stack_init(layer, depth, example, None))
         entries = math.prod(cfg.table_shape)
         table = self.param("position_table", nn.initializers.normal(0.02), (entries, cfg.width), jnp.float32)
 
@@ -106,7 +108,9 @@ class Tower(nn.Module):
                 x = layer.apply({"params": params}, x, segments, angles)
                 return x, x if collect else None
 
-            return layers.run_stack(step, x, stacked, scan=self.scan, remat=self.remat, start=start, stop=stop)
+            return layers.run_stack(
+                step, x, stacked, scan=self.scan, remat=self.remat, gather=self.gather, start=start, stop=stop
+            )
 
         if not (compress and self.compressor.kind != "none"):
             x, outputs = run(x, grids, levels, 0, depth)

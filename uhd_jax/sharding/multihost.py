@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uhd_jax.config import MeshConfig
-from uhd_jax.sharding.mesh import ShardingError
+from uhd_jax.sharding.mesh import AXES, ShardingError
 from uhd_jax.sharding.rules import batch_sharding, replicated
 
 # Read where the flag is not given; JAX itself knows only the first.
@@ -174,7 +174,7 @@ def check(launch: Launch, mesh: MeshConfig, environ: Mapping[str, str] = os.envi
 
 def _promised(launch: Launch, mesh: MeshConfig, processes: int, environ: Mapping[str, str]) -> tuple[int, str]:
     """How many devices this process should see at least, and who says so."""
-    sizes = dataclasses.asdict(mesh)
+    sizes = {axis: getattr(mesh, axis) for axis in AXES}
     known = math.prod(size for size in sizes.values() if size > 0)
     asked = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 0)
     promises = [(known // processes, f"mesh {asked}"), ((launch.devices or 0) // processes, "--devices")]

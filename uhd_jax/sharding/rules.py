@@ -4,22 +4,24 @@ A parameter's path is its keys joined by "/", e.g. `decoder/layers/mlp/gate/kern
 each path, and names one logical axis per dimension; `MESH_AXES` says over which mesh axis a logical axis is split.
 Optimiser moments lie where their parameters lie.
 
-A dimension that its mesh axis does not divide is replicated for parameters below `SMALL` elements; for larger ones it
+A dimension that its mesh axes do not divide is replicated for parameters below `SMALL` elements; for larger ones it
 is an error, since replicating them silently would cost the memory that the mesh was asked to save.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from uhd_jax.batch import Batch
-from uhd_jax.sharding.mesh import ShardingError
+from uhd_jax.config import DecoderConfig, MeshConfig
+from uhd_jax.sharding.mesh import BATCH_AXES, ShardingError, row_shards
 
-SMALL = 2**20
+SMALL = 2**20  # elements that may lie whole on every device
 
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"tower/patch_embedding/kernel", ("patch", "embed")),
@@ -45,7 +47,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"connector/upsampler/up\d/(range|kernel)_\d/kernel", ("vector", "vector")),
     (r"connector/upsampler/(deconvolution_\d|fixup)/kernel", ("embed", "mlp")),
     # Split along its width: split along its rows, a lookup would gather the whole batch's activations.
-    (r"decoder/embedding", ("table", "embed")),
+    (r"decoder/embedding", ("table", "width")),
     (r"decoder/layers/attention/(query|key|value|gate)/kernel", ("layers", "embed", "heads")),
     (r"decoder/layers/attention/out/kernel", ("layers", "heads", "embed")),
     (r"decoder/(delta_)?layers/mlp/(gate|up)/kernel", ("layers", "embed", "mlp")),
@@ -59,20 +61,24 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"(tower/compressor|connector)/.+/(scale|bias)", ("vector",)),
     (r"(tower|decoder)/(patch_embedding|pre_norm|final_norm)/(scale|bias)", ("vector",)),
     (r"tower/class_token", ("vector",)),
+    (r"scaffold/level_\d/(attention|scale)/kernel", ("vector", "vector")),
+    (r"scaffold/level_\d/(attention|scale)/bias", ("vector",)),
+    (r"scaffold/level_\d/(weight|bias)", ("vector", "vector")),
 )
 
-MESH_AXES: dict[str, str | None] = {
-    "embed": "fsdp",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "layers": None,
-    "patch": None,
-    "table": None,
-    "vector": None,
-}
+PARAM_AXES = ("fsdp", "sequence")  # over which parameters are split beside tensor; each layer gathers its own
 
-BATCH_AXES = ("data", "fsdp")
+MESH_AXES: dict[str, tuple[str, ...]] = {
+    "embed": PARAM_AXES,
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "width": (*PARAM_AXES, "tensor"),
+    "layers": (),
+    "patch": (),
+    "table": (),
+    "vector": (),
+}
 
 
 def logical_axes(path: str) -> tuple[str, ...]:
@@ -87,7 +93,7 @@ def logical_axes(path: str) -> tuple[str, ...]:
     return found[0]
 
 
-def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How the parameter at `path` is split over `mesh`.
 
     Raises:
@@ -96,30 +102,33 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     axes = logical_axes(path)
     if len(axes) != len(shape):
         raise ShardingError(f"parameter {path!r} has shape {shape}, but its sharding rule names axes {axes}")
-    size = 1
-    for dimension in shape:
-        size *= dimension
-    spec: list[str | None] = []
+    spec: list[str | tuple[str, ...] | None] = []
     for dimension, axis in zip(shape, axes, strict=True):
-        mesh_axis = MESH_AXES[axis]
-        if mesh_axis is not None and dimension % mesh.shape[mesh_axis]:
-            if size >= SMALL:
+        over = tuple(mesh_axis for mesh_axis in MESH_AXES[axis] if mesh.shape[mesh_axis] > 1)
+        if dimension % math.prod(mesh.shape[mesh_axis] for mesh_axis in over):
+            if math.prod(shape) >= SMALL:
+                sizes = " x ".join(f"{mesh_axis}={mesh.shape[mesh_axis]}" for mesh_axis in over)
                 raise ShardingError(
-                    f"parameter {path!r} of shape {shape}: mesh axis {mesh_axis}={mesh.shape[mesh_axis]} does not "
-                    f"divide its {axis!r} dimension of {dimension}; choose a divisor, and the rest for mesh axis data"
+                    f"parameter {path!r} of shape {shape}: mesh axis {sizes} does not divide its {axis!r} dimension of "
+                    f"{dimension}; choose a divisor, and the rest for mesh axis data"
                 )
-            mesh_axis = None
-        spec.append(mesh_axis)
+            over = ()
+        spec.append(over[0] if len(over) == 1 else over or None)
     return PartitionSpec(*spec)
 
 
-def param_shardings(params: Any, mesh: Mesh) -> Any:
-    """A tree of NamedSharding for a tree of parameters (arrays, or ShapeDtypeStruct from `jax.eval_shape`)."""
+def param_specs(params: Any, mesh: Mesh | AbstractMesh, prefix: str = "") -> Any:
+    """A tree of PartitionSpec for a tree of parameters (anything with a shape); `prefix` stands before their paths."""
 
     def place(path, leaf):
-        return NamedSharding(mesh, param_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh))
+        return param_spec(prefix + jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(place, params)
+
+
+def param_shardings(params: Any, mesh: Mesh, prefix: str = "") -> Any:
+    """A tree of NamedSharding for a tree of parameters (arrays, or ShapeDtypeStruct from `jax.eval_shape`)."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(params, mesh, prefix))
 
 
 def with_shardings(abstract_params: Any, mesh: Mesh) -> Any:
@@ -131,13 +140,71 @@ def with_shardings(abstract_params: Any, mesh: Mesh) -> Any:
     )
 
 
+def check_params(params: Any, mesh: Mesh, tolerance: float = MeshConfig.unsharded_tolerance) -> None:
+    """Refuses a mesh that should split the parameters and leaves too many of them whole.
+
+    Nothing to check where `PARAM_AXES` are of size 1. Up to `SMALL` elements in all may always stay whole: of a tiny
+    model the vectors alone would be too large a share.
+
+    Args:
+      params: arrays or ShapeDtypeStruct.
+      mesh: where they are to lie.
+      tolerance: share of all bytes that may stay whole.
+
+    Raises:
+      ShardingError: names the largest of those left whole; or a large dimension does not divide.
+    """
+    if all(mesh.shape[axis] == 1 for axis in PARAM_AXES):
+        return
+    total, whole = 0, []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        split = {
+            axis
+            for axes in param_spec(name, leaf.shape, mesh)
+            for axis in ((axes,) if isinstance(axes, str) else axes or ())
+        }
+        total += size
+        if not split & set(PARAM_AXES):
+            whole.append((size, name, leaf.shape))
+    left = sum(size for size, _, _ in whole)
+    if left > max(tolerance * total, 4 * SMALL):
+        largest = ", ".join(f"{name} {shape}" for _, name, shape in sorted(whole, reverse=True)[:5])
+        raise ShardingError(
+            f"mesh fsdp={mesh.shape['fsdp']} sequence={mesh.shape['sequence']} leaves {left / total:.1%} of the "
+            f"parameters' bytes whole on every device, more than train.mesh.unsharded_tolerance={tolerance:g}; the "
+            f"largest: {largest}. Choose sizes that divide them, or raise the tolerance"
+        )
+
+
+def check_decoder(config: DecoderConfig, mesh: Mesh) -> None:
+    """Refuses a mesh over which the decoder's heads do not spread: attention has whole rows, and each device its heads.
+
+    Raises:
+      ShardingError: names the heads and the axes.
+    """
+    parts = mesh.shape["tensor"] * mesh.shape["sequence"]
+    over = f"tensor={mesh.shape['tensor']} x sequence={mesh.shape['sequence']}"
+    if config.heads % parts:
+        raise ShardingError(
+            f"model.decoder.heads={config.heads} do not spread over {over}: choose sizes whose product divides them"
+        )
+    here, shared = config.heads // parts, config.heads // config.kv_heads
+    if here % shared and shared % here:
+        raise ShardingError(
+            f"model.decoder.kv_heads={config.kv_heads} do not spread over {over}: {here} heads of a device would share "
+            f"key heads in part; choose sizes whose product divides {config.kv_heads} or is a multiple of it"
+        )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp; one sharding for every array of a `Batch`."""
+    """Rows over `BATCH_AXES`; one sharding for every array of a `Batch`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -147,11 +214,11 @@ def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
     Raises:
       ShardingError: names rows, accumulation and devices.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % (accumulation * shards):
+    if rows % (accumulation * row_shards(mesh)):
+        over = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in BATCH_AXES)
         raise ShardingError(
-            f"rows={rows} with accumulation={accumulation} do not spread over data={mesh.shape['data']} x "
-            f"fsdp={mesh.shape['fsdp']} devices: rows must be a multiple of {accumulation * shards}"
+            f"rows={rows} with accumulation={accumulation} do not spread over {over} devices: rows must be a multiple "
+            f"of {accumulation * row_shards(mesh)}"
         )
 
 

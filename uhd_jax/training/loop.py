@@ -29,7 +29,7 @@ from uhd_jax.models import uhd
 from uhd_jax.sharding import multihost
 from uhd_jax.sharding.checksums import checksums, differing_copies
 from uhd_jax.sharding.mesh import make_mesh
-from uhd_jax.sharding.rules import check_rows, place_batch
+from uhd_jax.sharding.rules import check_decoder, check_params, check_rows, place_batch
 from uhd_jax.training import vdim
 from uhd_jax.training.metrics import (
     JSONL_FILE,
@@ -142,6 +142,8 @@ class Run:
             check_rows(stage.rows, stage.accumulation, mesh)
         self.init_params = functools.partial(uhd.init_params, config.model)
         self.abstract_params = jax.eval_shape(self.init_params, jax.random.key(0))
+        check_decoder(config.model.decoder, mesh)
+        check_params(self.abstract_params, mesh, config.train.mesh.unsharded_tolerance)
         for index in range(len(config.train.stages)):
             self._target(index)  # what cannot be trained or sharded is refused before the workdir is made
         init_from = config.train.init_from

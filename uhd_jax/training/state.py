@@ -55,7 +55,7 @@ def state_shardings(
 ) -> TrainState:
     """A tree of NamedSharding like `state` (abstract or not): moments lie where their parameters lie."""
     params, whole = param_shardings(state.params, mesh), replicated(mesh)
-    scaffold = jax.tree.map(lambda _: whole, state.scaffold)
+    scaffold = param_shardings(state.scaffold, mesh, f"{SCAFFOLD}/")
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,

@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uhd_jax.batch import Batch, Bucket
 from uhd_jax.config import OptimizerConfig, StageConfig
-from uhd_jax.sharding.rules import BATCH_AXES, replicated
+from uhd_jax.sharding.mesh import BATCH_AXES
+from uhd_jax.sharding.rules import replicated
 from uhd_jax.training.optimizer import make_optimizer, make_schedule
 from uhd_jax.training.stages import merge_params, split_params
 from uhd_jax.training.state import TrainState, shardings_of, split_scaffold
@@ -53,7 +54,7 @@ def make_train_step(
 
     def gradients(trainable, frozen, batch, key):
         def objective(trainable):
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for `over_rows`
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for `sharding.activations`
                 return loss_sums(merge_params(trainable, frozen), batch, key)
 
         (loss_sum, weight_sum), grads = jax.value_and_grad(objective, has_aux=True)(trainable)

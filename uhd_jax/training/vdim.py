@@ -36,6 +36,8 @@ from uhd_jax.models.layers import torch_linear_init
 from uhd_jax.models.pyramid import Pyramid
 from uhd_jax.ops import neighbourhood as nb
 from uhd_jax.ops.image_axes import bilinear_axis, blur_axis, jitter_axis
+from uhd_jax.sharding.gathering import whole
+from uhd_jax.sharding.views import fold_views, on_every_chip
 
 KEPT = 0.8  # of the patches whose logits come from the down-sampler's layer; and of the channels that this layer sees
 SCALE_START, SCALE_SHIFT, SCALE_FLOOR = 0.1, 0.1, 1e-4
@@ -60,17 +62,21 @@ def loss_sums(
       config: the model; its connector has a pyramid.
       reconstruction: form of the loss, and its numbers.
     """
-    grids = batch.patch_grids.reshape(-1, 2)
-    patches = uhd.normalise_patches(batch.patches.reshape(len(grids), *batch.patches.shape[2:]), config.tower)
+    grids = fold_views(batch.patch_grids)
+    patches = uhd.normalise_patches(fold_views(batch.patches), config.tower)
+    dtype = jnp.dtype(config.dtype)
+
+    def run_tower(params, gather, patches, grids):
+        module = uhd.tower(config, gather)
+        return module.apply({"params": params["tower"]}, patches, grids, levels=0, compress=False)[0]
 
     def encode(patches):
-        tower = uhd.tower(config).apply({"params": params["tower"]}, patches, grids, levels=0, compress=False)
-        return jax.lax.stop_gradient(tower[0])
+        return jax.lax.stop_gradient(on_every_chip(run_tower, dtype, {"tower": params["tower"]}, patches, grids))
 
     released = reconstruction.form == "released"
     keys = jax.random.split(key, 1 + reconstruction.jitters)
-    cells = Pyramid(config.connector.pyramid, jnp.dtype(config.dtype)).apply(
-        {"params": params["connector"]["upsampler"]},
+    cells = Pyramid(config.connector.pyramid, dtype).apply(
+        {"params": whole(params["connector"]["upsampler"], "connector/upsampler/")},
         encode(patches),
         grids,
         patches,
