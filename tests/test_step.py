@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import tiny
 
+from uhd_jax.batch import Bucket, abstract_batch
 from uhd_jax.config import MeshConfig, OptimizerConfig
 from uhd_jax.models import uhd
 from uhd_jax.sharding.mesh import make_mesh
-from uhd_jax.sharding.rules import param_shardings, place_batch
+from uhd_jax.sharding.rules import batch_sharding, param_shardings, place_batch
 from uhd_jax.training.optimizer import make_optimizer
 from uhd_jax.training.state import abstract_state, draw_params, enter_stage, first_state
 from uhd_jax.training.step import CompiledSteps, make_train_step
@@ -74,59 +75,6 @@ def test_accumulation_equals_one_big_batch(reference):
     assert_close(metrics, reference[1])
     # Adam's first moment is a tenth of the clipped gradient.
     assert_close(state.opt_state[1].mu, reference[0].opt_state[1].mu)
-
-
-@pytest.fixture(scope="module")
-def eight():
-    """A compiled step over eight devices, its first state, and a way to place batches."""
-    step, state, place = start(tiny.stage(accumulation=2), EIGHT)
-    return step.lower(state, place(tiny.batch(0))).compile(), state, place
-
-
-def test_the_step_returns_the_shardings_of_the_state(eight):
-    compiled, state, _ = eight
-    returned, metrics = compiled.output_shardings
-    for out, leaf in zip(jax.tree.leaves(returned), jax.tree.leaves(state), strict=True):
-        assert out.is_equivalent_to(leaf.sharding, leaf.ndim)
-    assert all(sharding.is_fully_replicated for sharding in metrics.values())
-    kernel = state.opt_state[1].mu["decoder"]["layers"]["mlp"]["gate"]["kernel"]
-    assert kernel.sharding == state.params["decoder"]["layers"]["mlp"]["gate"]["kernel"].sharding
-    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 24)
-
-
-def test_eight_devices_equal_one(eight, reference):
-    compiled, state, place = eight
-    state, metrics = compiled(state, place(tiny.batch(0)))
-    assert_close(metrics, reference[1])
-    assert_close(state.opt_state[1].mu, reference[0].opt_state[1].mu)
-    assert_close(state.params, reference[0].params)
-    state, metrics = compiled(state, place(tiny.batch(1)))  # what came out can go in
-    assert int(metrics["skipped_total"]) == 0
-
-
-def test_a_hybrid_decoder_trains_on_packed_rows_alike_on_eight_devices_and_one():
-    def loss_sums(params, batch, key):
-        return uhd.loss_sums(params, batch, tiny.HYBRID)
-
-    def params():
-        return jax.jit(uhd.init_params, static_argnums=0)(tiny.HYBRID, jax.random.key(0))
-
-    batch = tiny.batch(0, dataclasses.replace(tiny.BUCKET, tokens=80))
-    batch.segments[:, 30:78] += 1
-    batch.segments[:, 66:78] += 1
-    states = []
-    for mesh in (ONE, EIGHT):
-        step, state, place = start(tiny.stage(warmup_steps=0), mesh, loss_sums, params)
-        losses = []
-        for _ in range(3):
-            state, metrics = step(state, place(batch))
-            losses.append(float(metrics["loss"]))
-            if len(losses) == 1:
-                states.append(jax.device_get((state.opt_state[1].mu, metrics)))
-        assert losses[2] < losses[1] < losses[0]
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(states[0][0]["decoder"]))
-    for a, b in zip(*(jax.tree.leaves(state) for state in states), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 + 1e-4 * np.abs(b).max())
 
 
 def test_parameters_are_drawn_in_place_with_the_same_values():
@@ -218,15 +166,62 @@ def test_the_next_stage_keeps_parameters_and_forgets_moments():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(state.opt_state[1].mu))
 
 
-def test_devices_exchange_parameters_and_not_the_batch():
-    """Split over fsdp, a layer gathers its kernels; no device ever sees the activations of all rows."""
-    bucket = dataclasses.replace(tiny.BUCKET, tokens=64, patches=64)
-    step, state, place = start(tiny.stage(), MeshConfig(data=1, fsdp=8))
-    program = step.lower(state, place(tiny.batch(0, bucket))).compile().as_text()
-    sizes = [
-        math.prod(map(int, filter(None, shape.split(","))))
-        for result in re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all|reduce-scatter)(?:-start)?\(", program)
-        for shape in re.findall(r"\w\[([\d,]*)\]", result)
+COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
+
+
+def shapes_in(text):
+    return [tuple(map(int, filter(None, shape.split(",")))) for shape in re.findall(r"\w\[([\d,]*)\]", text)]
+
+
+@pytest.fixture(scope="module")
+def program():
+    """A step on every kind of axis that splits something, as compiled: sizes of the model differ from one another."""
+    decoder = dataclasses.replace(tiny.MODEL.decoder, vocab_size=640, layers=5)
+    model = dataclasses.replace(tiny.MODEL, decoder=decoder)
+    stage, mesh = tiny.stage(), make_mesh(MeshConfig(data=1, fsdp=2, sequence=2, tensor=2))
+    params = jax.eval_shape(lambda: uhd.init_params(model, jax.random.key(0)))
+    target = abstract_state(params, make_optimizer(OptimizerConfig(), stage), stage.trainable, mesh)
+    step = make_train_step(lambda p, b, _: uhd.loss_sums(p, b, model), stage, OptimizerConfig(), target, mesh)
+    bucket = Bucket(rows=8, slots=4, tokens=96, patches=64, patch_dim=model.tower.patch_dim)
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh)), abstract_batch(bucket)
+    )
+    return step.lower(target, batch).compile().as_text(), params, bucket, model
+
+
+def test_devices_exchange_parameters_and_not_the_batch(program):
+    """Nothing is as large as what all rows have together: patches, tower tokens, hidden states."""
+    text, params, bucket, model = program
+    compressor = params["tower"]["compressor"]["linear_1"]["kernel"].size  # the largest parameter that is used whole
+    hidden = bucket.rows * bucket.tokens * model.decoder.width
+    tower = bucket.rows * bucket.slots * bucket.patches * model.tower.width
+    assert compressor < hidden / 2 <= tower
+    sizes = [math.prod(shape) for result, _ in COLLECTIVE.findall(text) for shape in shapes_in(result)]
+    assert compressor in sizes and len(sizes) > 50
+    # Two groups of devices have half of the rows each: their keys and values, or what they look up, come together.
+    assert max(sizes) <= hidden / 2
+
+
+def test_stacks_are_gathered_layer_by_layer_inside_the_loop(program):
+    text, params, _, model = program
+    gathered = [
+        (shape, line)
+        for line in text.splitlines()
+        for result, kind in COLLECTIVE.findall(line)
+        if kind == "all-gather"
+        for shape in shapes_in(result)
     ]
-    # The compressor's first kernel is the largest; all rows together are 8 x 64 x 32 in decoder and tower alike.
-    assert max(sizes) == state.params["tower"]["compressor"]["linear_1"]["kernel"].size == 64 * 96
+    for part, depth in (("tower", model.tower.layers), ("decoder", model.decoder.layers)):
+        for stack in jax.tree.leaves(params[part]["layers"]):
+            assert all(shape != stack.shape and shape[:1] + shape[2:] != stack.shape for shape, _ in gathered)
+        loops = [line for _, line in gathered if "while/body" in line and part in line.lower()]
+        assert len(loops) >= 6, part
+        assert not any(shape[0] == depth and len(shape) > 2 for shape, _ in gathered), part
+
+
+def test_nothing_of_the_vocabularys_size_is_whole(program):
+    text, params, bucket, model = program
+    vocabulary, width = model.decoder.vocab_size, model.decoder.width
+    sizes = {shape: math.prod(shape) for shape in shapes_in(text) if {vocabulary, vocabulary // 2} & set(shape)}
+    assert sizes[(vocabulary, width // 8)] and sizes[(width // 4, vocabulary // 2)]  # table and head, as they lie
+    assert max(sizes.values()) <= vocabulary * width // 8, max(sizes, key=sizes.get)

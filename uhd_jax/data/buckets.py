@@ -16,6 +16,7 @@ import numpy as np
 
 from uhd_jax.batch import Batch
 from uhd_jax.config import BucketConfig, ModelConfig
+from uhd_jax.data.balance import balanced_order, patches_of
 from uhd_jax.data.chat import Needs
 from uhd_jax.data.packing import fits, pack, row_needs
 
@@ -70,7 +71,7 @@ def choose_bucket(needs: Needs, buckets: Sequence[BucketConfig]) -> BucketConfig
 
 
 class PackedBatch(NamedTuple):
-    """Which samples share a batch, row by row, and its bucket."""
+    """Which samples share a batch, row by row in `balanced_order`, and its bucket."""
 
     rows: tuple[tuple[int, ...], ...]
     bucket: BucketConfig
@@ -99,10 +100,10 @@ def form_batches(
         packed.sort(key=lambda row: (min(row) >= urgent, -row_needs(samples[i] for i in row).tokens))
         whole = len(packed) // rows * rows
         order = rng.permutation(whole)
-        batches += [
-            PackedBatch(tuple(tuple(packed[r]) for r in order[start : start + rows]), bucket)
-            for start in range(0, whole, rows)
-        ]
+        for start in range(0, whole, rows):
+            met = [packed[r] for r in order[start : start + rows]]
+            patches = [patches_of(samples[i] for i in row) for row in met]
+            batches.append(PackedBatch(tuple(tuple(met[r]) for r in balanced_order(patches)), bucket))
         left += [index for row in packed[whole:] for index in row]
     return [batches[i] for i in rng.permutation(len(batches))], sorted(left)
 

@@ -25,6 +25,7 @@ from absl import flags
 
 from uhd_jax.batch import Batch, Bucket, empty_batch
 from uhd_jax.config import ConfigError, ModelConfig, StageConfig, TrainConfig
+from uhd_jax.data.balance import patches_of
 from uhd_jax.data.buckets import Fill, fill_of
 from uhd_jax.data.dropped import DroppedList
 from uhd_jax.data.packing import fill_batch, rooms_for_views
@@ -66,6 +67,7 @@ class BatchInfo:
     epoch: float  # of the stream, after this batch's window
     read: int  # samples of the stream, over all hosts, up to the end of this batch's window
     waiting: int  # samples left over by the window, to be packed in the next
+    row_patches: tuple[int, ...]  # `patches_of` every row of all hosts
     counters: Mapping[str, int]  # `COUNTERS`, over all hosts' samples planned so far (bad pixels: this host's)
 
 
@@ -303,6 +305,7 @@ class _RenderedBatchIterator(grain.DatasetIterator):
             epoch=window.following.start / planner.epoch,
             read=window.following.start,
             waiting=len(window.following.carried),
+            row_patches=tuple(patches_of(window.samples[i][1].needs for i in row) for row in packed.rows),
             counters={},
         )
         return batch, info, problems, self._position

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from uhd_jax.ops import attention_kernels as kernels
 from uhd_jax.ops.attention import attention
-from uhd_jax.sharding.activations import mesh_in_use
+from uhd_jax.sharding.activations import by_tokens, dividing, mesh_in_use
 from uhd_jax.sharding.mesh import BATCH_AXES
 
 SHORT = 256  # rows below this are left to XLA: a kernel would be mostly padding
@@ -69,37 +69,25 @@ def self_attention(
 def _over_heads(run: Callable[..., jax.Array], query, key, value, segments) -> jax.Array:
     """`run` with rows over the mesh axes of the batch, and heads over `tensor` and `sequence`.
 
-    Elsewhere `sequence` splits a row's tokens. Here they come together and heads go apart, and back behind it: two
-    exchanges inside a row's group of devices, and each has the same share of causal work. Where a key head serves more
-    query heads than a device has, its devices all get it.
+    Elsewhere `sequence` splits a row's tokens. Here they come together and heads go apart, and back behind it: so each
+    device has the same share of causal work. Where a key head serves more query heads than a device has, all of its
+    devices get it.
     """
     mesh = mesh_in_use()
-    rows = BATCH_AXES
-    while query.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
-        rows = rows[:-1]
-    apart = ("tensor", "sequence")
+    rows = dividing(mesh, BATCH_AXES, query.shape[0])
     shared = query.shape[2] // key.shape[2]  # query heads of a key head
-    while apart:
-        here, left = divmod(query.shape[2], math.prod(mesh.shape[axis] for axis in apart))
-        if not left and (here % shared == 0 or shared % here == 0):
-            break
+    apart = dividing(mesh, ("tensor", "sequence"), query.shape[2])
+    while (here := query.shape[2] // math.prod(mesh.shape[axis] for axis in apart)) % shared and shared % here:
         apart = apart[:-1]
-
-    fewer = bool(apart) and here < shared  # heads on a device than a key head serves
+    heads = PartitionSpec(rows, None, apart)
+    key_heads = heads if here % shared == 0 else PartitionSpec(rows)
 
     def local(query, key, value, segments):
-        if fewer:
-            number = jax.lax.axis_index(apart) * query.shape[2] // shared
+        if here % shared:
+            number = jax.lax.axis_index(apart) * here // shared
             key, value = (jax.lax.dynamic_slice_in_dim(array, number, 1, axis=2) for array in (key, value))
         return run(query, key, value, segments)
 
-    def by_tokens(array):
-        tokens = "sequence" if array.shape[1] % mesh.shape["sequence"] == 0 else None
-        heads = "tensor" if array.shape[2] % mesh.shape["tensor"] == 0 else None
-        return jax.lax.with_sharding_constraint(array, PartitionSpec(rows, tokens, heads))
-
-    heads = PartitionSpec(rows, None, apart)
-    key_heads = PartitionSpec(rows) if fewer else heads
     inputs = (heads, key_heads, key_heads, PartitionSpec(rows))
     divided = jax.shard_map(local, in_specs=inputs, out_specs=heads, check_vma=False)
     return by_tokens(divided(*map(by_tokens, (query, key, value)), segments))

@@ -15,6 +15,7 @@ from uhd_jax.ops.gated_delta import (
     convolution_tail,
     recurrent_delta,
 )
+from uhd_jax.sharding.activations import by_heads, by_tokens
 
 DeltaCache = dict[str, jax.Array]  # "conv": float[.., K - 1, C]; "state": float32[.., N, key dim, value dim]
 
@@ -64,19 +65,20 @@ class GatedDelta(nn.Module):
         kernel = self.param("conv", nn.initializers.lecun_normal(), (cfg.delta_conv, channels), float32)
         if cache is None:
             tail = convolution_tail(mixed, cfg.delta_conv, segments)
-            mixed = causal_convolution(mixed, kernel, segments)
+            mixed = causal_convolution(by_heads(mixed), kernel, segments)
         else:
             mixed, tail = convolution_step(mixed, kernel, cache["conv"])
         query, key, value = jnp.split(nn.silu(mixed), [keys, 2 * keys], axis=-1)
-        query, key = (a.reshape(*x.shape[:2], key_heads, cfg.delta_key_dim) for a in (query, key))
-        value = value.reshape(*x.shape[:2], heads, cfg.delta_value_dim)
+        query, key = (by_heads(a.reshape(*x.shape[:2], key_heads, cfg.delta_key_dim)) for a in (query, key))
+        value = by_heads(value.reshape(*x.shape[:2], heads, cfg.delta_value_dim))
 
         rate = jnp.exp(self.param("log_decay", _decay_init, (heads,), float32))
         bias = self.param("dt_bias", _dt_init, (heads,), float32)
-        log_decay = -rate * nn.softplus(project("a", heads).astype(float32) + bias)
-        beta = nn.sigmoid(project("b", heads).astype(float32))
+        log_decay = by_heads(-rate * nn.softplus(project("a", heads).astype(float32) + bias))
+        beta = by_heads(nn.sigmoid(project("b", heads).astype(float32)))
         if cache is None:
             out, state = chunked_delta(query, key, value, log_decay, beta, segments)
+            out = by_tokens(out)
         else:
             out, state = recurrent_delta(query, key, value, log_decay, beta, segments, cache["state"])
 

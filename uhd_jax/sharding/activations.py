@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -26,11 +28,36 @@ def over_tokens(array: jax.Array) -> jax.Array:
     Left free, the compiler, which sees both the batch and the kernels split over fsdp, may choose to gather the batch
     of all devices instead of a layer's kernels.
     """
+    return _pin(array, ("sequence",), ())
+
+
+def by_tokens(array: jax.Array) -> jax.Array:
+    """Pins [B, T, N, ..]: rows over the axes of the batch, tokens over `sequence`, heads over `tensor`."""
+    return _pin(array, ("sequence",), ("tensor",))
+
+
+def by_heads(array: jax.Array) -> jax.Array:
+    """Pins [B, T, N, ..]: rows over the axes of the batch, tokens together, heads over `tensor` and `sequence`.
+
+    For what a token does with all of its row, head by head: two exchanges inside the row's group of devices, to here
+    and back to `by_tokens`.
+    """
+    return _pin(array, (), ("tensor", "sequence"))
+
+
+def _pin(array, tokens, heads):
     mesh = mesh_in_use()
     if mesh is None:
         return array
-    tokens = "sequence" if array.shape[1] % mesh.shape["sequence"] == 0 else None
-    return jax.lax.with_sharding_constraint(array, PartitionSpec(BATCH_AXES, tokens))
+    spec = (dividing(mesh, axes, size) for axes, size in zip((BATCH_AXES, tokens, heads), array.shape, strict=False))
+    return jax.lax.with_sharding_constraint(array, PartitionSpec(*spec))
+
+
+def dividing(mesh: AbstractMesh, axes: tuple[str, ...], size: int) -> tuple[str, ...]:
+    """The first of `axes`, as many as together divide `size`."""
+    while size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes
 
 
 def pad_tokens(array: jax.Array, value: int = 0) -> jax.Array:

@@ -11,9 +11,10 @@ import jax
 
 from uhd_jax.batch import Batch
 from uhd_jax.config import RunConfig
+from uhd_jax.data.balance import imbalance
 from uhd_jax.data.pipeline import BatchIterator, make_iterator
 from uhd_jax.data.sources import make_source
-from uhd_jax.sharding.mesh import make_mesh
+from uhd_jax.sharding.mesh import make_mesh, row_shards
 from uhd_jax.sharding.multihost import row_share
 
 DROPPED_FILE = "dropped"  # and .jsonl
@@ -27,13 +28,14 @@ def make_batches(config: RunConfig, stage_index: int, workdir: Path | None = Non
     """
     stage = config.train.stages[stage_index]
     source = make_source(stage.data, config.model.slicing.limits, f"config.train.stages[{stage_index}].data")
-    process = row_share(make_mesh(config.train.mesh)) if jax.process_count() > 1 else (0, 1)
+    mesh = make_mesh(config.train.mesh)
+    process = row_share(mesh) if jax.process_count() > 1 else (0, 1)
     model = config.model.for_stage(stage)
     suffix = f".{jax.process_index()}.jsonl" if jax.process_index() else ".jsonl"
     dropped = workdir / f"{DROPPED_FILE}{suffix}" if workdir else None
     batches = make_iterator(stage, model, config.train, source, process=process, dropped=dropped)
     try:
-        yield StageBatches(batches)
+        yield StageBatches(batches, row_shards(mesh))
     finally:
         batches.close()
 
@@ -41,13 +43,16 @@ def make_batches(config: RunConfig, stage_index: int, workdir: Path | None = Non
 class StageBatches:
     """The pipeline's batches with what is to be logged about each as plain numbers."""
 
-    def __init__(self, batches: BatchIterator):
+    def __init__(self, batches: BatchIterator, row_shards: int = 1):
         self._batches = batches
+        self._row_shards = row_shards
         self.get_state = batches.get_state
         self.set_state = batches.set_state
 
     def __next__(self) -> tuple[Batch, Mapping[str, Any]]:
-        """The next batch, with the epoch, numbers of samples and images, and the counters of dropped samples."""
+        """The next batch, with the epoch, numbers of samples and images, the imbalance of patches over the devices that
+        rows are split over, and the counters of dropped samples."""
         batch, info = next(self._batches)
         numbers = {"epoch": info.epoch, "samples": info.samples, "images": info.images, "waiting": info.waiting}
+        numbers["patch_imbalance"] = imbalance(info.row_patches, self._row_shards)
         return batch, numbers | dict(info.counters)
