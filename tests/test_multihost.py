@@ -1,6 +1,7 @@
 """Several processes as one run: finding each other, real processes on this machine, signals and kills."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from uhd_jax.models import uhd
 from uhd_jax.sharding import multihost
 from uhd_jax.sharding.mesh import ShardingError, make_mesh
 from uhd_jax.sharding.multihost import Launch, MultihostError
+from uhd_jax.training.batches import StageBatches
 from uhd_jax.training.metrics import Fill, Work
 
 pytestmark = pytest.mark.usefixtures("unoptimised", "compiled_once")
@@ -178,9 +180,38 @@ def test_what_is_told_adds_up():
 
 # --- real processes -------------------------------------------------------------------------------------------------
 
-TWO_STAGES = """
-    stages=(dict(stage, rows=16, steps=2), dict(stage, rows=16, name="second", steps=2, accumulation=2)),
+# Pages of several sizes and single cells, so that what hosts get of a batch differs; the second stage has two buckets.
+PARTS = [
+    {"name": task, "source": "digit_pages", "options": {"task": task, "samples": 500}, "weight": weight}
+    for task, weight in (("cell", 3.0), ("page", 1.0))
+]
+MIXED = {"source": "mixture", "options": {"parts": PARTS}}
+TWO_STAGES = f"""
+    stages=(
+        dict(
+            stage, rows=16, steps=2, data={MIXED}, packed_length=256,
+            buckets=[dict(slots=10, tokens=256, patches=64)],
+        ),
+        dict(
+            stage, rows=16, steps=6, name="second", accumulation=2, data={MIXED}, packed_length=256,
+            buckets=[dict(slots=4, tokens=128, patches=64), dict(slots=9, tokens=256, patches=64)],
+        ),
+    ),
     mesh=dict(fsdp=2),
+"""
+# The model in the first stage, something quicker to compile in the second; what each process gets of a batch is shown.
+SEEN = """
+import tiny
+from uhd_jax.models import uhd
+from uhd_jax.training.batches import StageBatches
+model, whole = uhd.loss_sums, StageBatches.__next__
+def loss_sums(params, batch, config):
+    return (model if batch.patches.shape[1] == 10 else tiny.quick_loss_sums)(params, batch, config)
+def seen(self):
+    batch, info = whole(self)
+    print("met", batch.bucket, "with", int((batch.patch_grids > 0).any(-1).sum()), "images", flush=True)
+    return batch, info
+uhd.loss_sums, StageBatches.__next__ = loss_sums, seen
 """
 
 
@@ -189,19 +220,27 @@ def alone(tmp_path_factory):
     """The curve of one process, here, with eight devices."""
     folder = tmp_path_factory.mktemp("alone")
     config = write(folder / "config.py", TWO_STAGES)
-    assert main(["train", f"--config={config}", f"--workdir={folder}/run", *OPTIONS]) == 0
+    with pytest.MonkeyPatch.context() as patch:  # puts back both at the end
+        patch.setattr(uhd, "loss_sums", uhd.loss_sums)
+        patch.setattr(StageBatches, "__next__", StageBatches.__next__)
+        exec(SEEN, {})
+        assert main(["train", f"--config={config}", f"--workdir={folder}/run", *OPTIONS]) == 0
     return folder / "run"
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
-def test_as_many_processes_as_you_like_have_the_losses_of_one(together, tmp_path, alone, processes, devices):
+@pytest.mark.parametrize(
+    ("processes", "devices", "mesh"), [(2, 2, ("dcn_data=2", "data=1")), (4, 1, ("data=1", "sequence=2"))]
+)
+def test_as_many_processes_as_you_like_have_the_losses_of_one(together, tmp_path, alone, processes, devices, mesh):
+    """Also on other meshes than that one's: each process a copy of the parameters; two processes for the same rows."""
     workdir = tmp_path / "run"
     config = write(tmp_path / "config.py", TWO_STAGES)
-    statuses, shown = ended(together(workdir, config, processes, devices, before=""))
+    argv = [f"--config.train.mesh.{size}" for size in mesh]
+    statuses, shown = ended(together(workdir, config, processes, devices, argv, SEEN))
     assert statuses == [0] * processes, shown
     for ours, theirs in zip(curve(workdir), curve(alone), strict=True):
         assert ours[:2] == theirs[:2]
-        assert ours[2:] == pytest.approx(theirs[2:], rel=1e-6)
+        assert ours[2:] == pytest.approx(theirs[2:], rel=1e-5)
     for ours, theirs in zip(records(workdir), records(alone), strict=True):  # of all rows, not of this process's
         rates = [record["images_per_second"] * record["step_seconds"] for record in (ours, theirs)]
         assert rates[0] == pytest.approx(rates[1])
@@ -212,6 +251,12 @@ def test_as_many_processes_as_you_like_have_the_losses_of_one(together, tmp_path
     trained = json.loads((workdir / "trained.json").read_text())
     assert trained["processes"] == processes and trained["devices"] == f"{processes * devices} x cpu"
     assert len([*(workdir / "tensorboard").iterdir()]) == 1
+    # The same buckets in the same order everywhere, other images in each part of the rows.
+    met = [re.findall(r"met (.*) with (\d+) images", text) for text in shown]
+    buckets = [[bucket for bucket, _ in of_process] for of_process in met]
+    assert all(of_process == buckets[0] for of_process in buckets), buckets
+    assert len(buckets[0]) >= 8 and len(set(buckets[0])) == 3
+    assert len({tuple(count for _, count in of_process) for of_process in met}) == 2
 
 
 @pytest.mark.parametrize("of", [(1,), (0, 1)])

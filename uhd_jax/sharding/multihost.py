@@ -193,7 +193,7 @@ def describe() -> str:
 def row_share(mesh: Mesh) -> tuple[int, int]:
     """Which part of a batch's rows this process provides: its number, and the number of equal parts.
 
-    Processes whose devices split layers (mesh axis tensor), not rows, provide the same rows.
+    Processes whose devices split tokens or layers (mesh axes sequence, tensor), not rows, provide the same rows.
 
     Raises:
       ShardingError: the rows of two processes overlap in part.
@@ -212,8 +212,8 @@ def _shares(mesh: Mesh, owners: Mapping[jax.Device, int]) -> dict[int, tuple[int
     different = set(map(frozenset, owned.values()))
     if sum(map(len, different)) != rows or len(set(map(len, different))) != 1:
         raise ShardingError(
-            f"mesh {dict(mesh.shape)}: its {len(owned)} processes would share rows in part; choose a tensor size that "
-            f"divides the devices of a process, or is a multiple of them"
+            f"mesh {dict(mesh.shape)}: its {len(owned)} processes would share rows in part; choose sizes whose "
+            f"product sequence x tensor divides the devices of a process, or is a multiple of them"
         )
     return {process: tuple(sorted(numbers)) for process, numbers in owned.items()}
 
