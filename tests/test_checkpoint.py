@@ -51,9 +51,13 @@ def test_restores_what_was_saved_into_other_shardings(tmp_path):
     assert sorted(path.name for path in checkpointer.directory.iterdir() if path.is_dir()) == ["5", "9"]
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    before = {id(array) for array in jax.live_arrays()}
     restored = checkpointer.restore(9, abstract(PARAMS, rows), abstract(TRAINING))
     kernel = restored.params["decoder"]["kernel"]
     assert kernel.sharding == rows
+    assert kernel.addressable_shards[0].data.shape[0] * 4 == kernel.shape[0]
+    made = [array for array in jax.live_arrays() if id(array) not in before and array.shape == kernel.shape]
+    assert all(len(array.devices()) == 8 for array in made)  # none is whole on one device
     np.testing.assert_array_equal(kernel, PARAMS["decoder"]["kernel"])
     jax.tree.map(np.testing.assert_array_equal, restored.training, TRAINING)
     assert restored.iterator == {"next": 9}

@@ -23,6 +23,7 @@ from uhd_jax.sharding.mesh import make_mesh
 from uhd_jax.sharding.rules import place_batch
 from uhd_jax.training.objective import loss_sums_of, scaffold_init
 from uhd_jax.training.optimizer import make_optimizer
+from uhd_jax.training.stages import split_params
 from uhd_jax.training.state import abstract_state, first_state, shardings_of
 from uhd_jax.training.step import make_train_step
 
@@ -115,6 +116,9 @@ def curve(name, mesh):
         moments = moments or jax.device_get(state.opt_state[1].mu)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(target), strict=True):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    trained = split_params(state.all_params, stage.trainable)[0]
+    for moment, parameter in zip(jax.tree.leaves(state.opt_state[1].mu), jax.tree.leaves(trained), strict=True):
+        assert moment.sharding.is_equivalent_to(parameter.sharding, moment.ndim)
     return losses, moments
 
 
