@@ -305,7 +305,7 @@ class _RenderedBatchIterator(grain.DatasetIterator):
             epoch=window.following.start / planner.epoch,
             read=window.following.start,
             waiting=len(window.following.carried),
-            row_patches=tuple(patches_of(window.samples[i][1].needs for i in row) for row in packed.rows),
+            row_patches=tuple(patches_of(window.samples[i].sample.needs for i in row) for row in packed.rows),
             counters={},
         )
         return batch, info, problems, self._position

@@ -34,7 +34,7 @@ def fold_views(rows: jax.Array) -> jax.Array:
         return rows.reshape(batch * slots, *rows.shape[2:])
     shards = math.gcd(batch, row_shards(mesh))
     groups = rows.reshape(shards, batch // shards * slots, *rows.shape[2:])
-    groups = jnp.pad(groups, [(0, 0), (0, -groups.shape[1] % (mesh.size // shards))] + [(0, 0)] * (rows.ndim - 2))
+    groups = _fill_up(groups, 1, mesh.size // shards)
     views = groups.reshape(-1, *rows.shape[2:])
     return jax.lax.with_sharding_constraint(views, PartitionSpec(AXES))
 
@@ -63,7 +63,7 @@ def on_every_chip(encode: Callable[..., Any], dtype: Any, params: Any, *views: j
         comes whole.
       dtype: of the computation.
       params: {"tower": .., "connector": ..} or one of them.
-      views: arrays [V, ..] of `fold_views`.
+      views: arrays [V, ..], best of `fold_views`; any other V is filled up with zeros for the time being.
 
     Returns:
       What `encode` returns, over all views; outside of a mesh with more than one device that of a plain call.
@@ -86,4 +86,13 @@ def on_every_chip(encode: Callable[..., Any], dtype: Any, params: Any, *views: j
 
     over_views = PartitionSpec(AXES)
     run = jax.shard_map(local, in_specs=(specs, *[over_views] * len(views)), out_specs=over_views, check_vma=False)
-    return run(params, *views)
+    count = len(views[0])
+    out = run(params, *(_fill_up(array, 0, mesh.size) for array in views))
+    return jax.tree.map(lambda array: array[:count], out)
+
+
+def _fill_up(array: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """Zeros behind the end of an axis, so that `multiple` divides it."""
+    room = [(0, 0)] * array.ndim
+    room[axis] = (0, -array.shape[axis] % multiple)
+    return jnp.pad(array, room) if room[axis][1] else array
