@@ -33,6 +33,7 @@ COMMANDS = {
     "report": "gather a run's results and draw its losses",
     "cost": "parameters, visual tokens, FLOPs and memory of configurations, also as published",
     "compile": "compile a training step for a TPU slice or GPU host that is not there",
+    "bench": "how fast the parts of a model are on this machine, also against PyTorch",
 }
 
 
