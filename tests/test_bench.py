@@ -16,11 +16,7 @@ from uhd_jax.config import BucketConfig, DataConfig
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
-MODEL = dataclasses.replace(
-    tiny.MODEL,
-    tower=dataclasses.replace(tiny.MODEL.tower, patch_size=4),
-    decoder=dataclasses.replace(tiny.MODEL.decoder),
-)
+MODEL = tiny.MODEL
 STAGE = tiny.stage(buckets=(BucketConfig(2, 24, 32),), max_slices=3)
 CASE = case_of(MODEL, STAGE, 2)
 
