@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from uhd_jax.config import BucketConfig
+from uhd_jax.data.augment import Alteration
 from uhd_jax.data.chat import EncodedSample
 from uhd_jax.data.prepare import Prepared, Preparer
 from uhd_jax.data.tokenizer import StreamDecoder, Tokenizer
@@ -117,7 +118,8 @@ def draw(view: SampleView) -> Image.Image:
     pages = [_title(view)]
     pairs = list(zip(view.images, plans, strict=True))
     for number, (image, plan) in enumerate(pairs[:_DRAWN_IMAGES], 1):
-        pages.append(draw_slices(image, plan, f"Image {number} of {len(plans)}"))
+        altered = _alteration_text(view.prepared.alterations[number - 1])
+        pages.append(draw_slices(image, plan, f"Image {number} of {len(plans)}{altered}"))
     if len(pairs) > _DRAWN_IMAGES:
         pages.append(_text_page([[(f"and {len(pairs) - _DRAWN_IMAGES} more images", "mark")]]))
     pages.append(_text_page([_LEGEND, *_wrapped(view.spans, _line_length())]))
@@ -174,14 +176,17 @@ def _headline(view: SampleView) -> str:
 
 
 def _descriptions(view: SampleView) -> Iterator[str]:
-    """Of each image: sizes, slices, and what was done to it."""
+    """Of each image: its size, what was done to it, and its slices."""
     for plan, alteration in zip(view.encoded.plans, view.prepared.alterations, strict=True):
         grid = f"{plan.grid} slices (rows x cols)" if plan.slices else "not sliced"
-        resized = f" resized to {alteration.size}" if alteration.size != alteration.image else ""
-        compressed = f", JPEG of quality {alteration.jpeg_quality}" if alteration.jpeg_quality else ""
-        worn = ", worn as a scan" if alteration.ocr_seed >= 0 else ""
-        altered = f"{resized}{compressed}{worn}"
-        yield f"{alteration.image} (height x width){altered}, {grid}, {plan.visual_tokens} visual tokens"
+        described = f"{alteration.image} (height x width){_alteration_text(alteration)}"
+        yield f"{described}, {grid}, {plan.visual_tokens} visual tokens"
+
+
+def _alteration_text(alteration: Alteration) -> str:
+    resized = f" resized to {alteration.size}" if alteration.size != alteration.image else ""
+    compressed = f", JPEG of quality {alteration.jpeg_quality}" if alteration.jpeg_quality else ""
+    return f"{resized}{compressed}{', worn as a scan' if alteration.ocr_seed >= 0 else ''}"
 
 
 def _printable(text: str) -> str:
