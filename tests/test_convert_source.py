@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 
@@ -95,6 +96,20 @@ def test_one_shard_is_missing(tmp_path):
     refuses(tmp_path, INDEX, "names files that are not there: model-00002-of-00002.safetensors")
     (tmp_path / INDEX).unlink()
     refuses(tmp_path, "shards are missing: model-00002-of-00002.safetensors")
+
+
+def test_many_shards_are_missing(tmp_path):
+    save_file(TENSORS, tmp_path / "model-00001-of-99999.safetensors")
+    refuses(tmp_path, "shards are missing: model-00002-of-99999", "model-00009-of-99999.safetensors and 99990 more")
+
+
+def test_what_is_no_file(tmp_path):
+    """A pipe would be waited for without end."""
+    os.mkfifo(tmp_path / "model.safetensors")
+    refuses(tmp_path, "model.safetensors is no file")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").symlink_to("absent")
+    refuses(tmp_path, "model.safetensors is no file, or a link to nothing")
 
 
 def test_an_index_that_does_not_fit_its_files(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import shutil
 import signal
 import subprocess
@@ -238,6 +239,7 @@ def test_destinations_that_are_refused(checkpoint, tmp_path):
         tmp_path / "full": "full is not empty",
         tmp_path / "file": "file is a file",
         checkpoint: "source lies in .*source, which is only read",
+        tmp_path / os.fsdecode(b"ma\xffde"): "ma.*de' is not UTF-8; choose another name",
         checkpoint / "new": "new lies in .*source, which is only read",
     }.items():
         with pytest.raises(ConvertError, match=words):

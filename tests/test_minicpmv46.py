@@ -183,6 +183,8 @@ def folder(tmp_path_factory):
         ("config.json", lambda c: c.update(insert_layer_id="a"), "insert_layer_id: 'a' is not a whole number"),
         ("config.json", lambda c: c.update(drop_vision_last_layer=True), "drop_vision_last_layer: True is not supp"),
         ("tokenizer.json", lambda c: c.update(added_tokens=5), "tokenizer.json: added_tokens is not a list"),
+        ("tokenizer_config.json", lambda c: c.update(image_token={"a": 1}), "image_token: {'a': 1} is not a"),
+        ("generation_config.json", lambda c: c.update(eos_token_id=["x"]), "eos_token_id: .'x'. is no id or list"),
         ("preprocessor_config.json", lambda c: c.update(scale_resolution="448"), "scale_resolution: '448' is not of"),
         ("preprocessor_config.json", lambda c: c.update(resample=2), "preprocessor_config.json: resample: 2"),
         ("preprocessor_config.json", lambda c: c.update(image_mean=[0.4, 0.5, 0.5]), "image_mean"),

@@ -104,8 +104,9 @@ def settings(source: Source) -> Mapping[str, Any]:
 
 
 def dtype_of(config: Mapping[str, Any]) -> str:
-    """In what to compute: float32 for a checkpoint that says so, else bfloat16."""
-    return "float32" if (config.get("torch_dtype") or config.get("dtype")) == "float32" else "bfloat16"
+    """In what to compute: float32 for a checkpoint that says so or has more, else bfloat16."""
+    wide = (config.get("torch_dtype") or config.get("dtype")) in ("float32", "float64")
+    return "float32" if wide else "bfloat16"
 
 
 def field(config: Mapping[str, Any], key: str, source: Source) -> Any:

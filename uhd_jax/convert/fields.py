@@ -10,9 +10,10 @@ from typing import Any
 from uhd_jax.config import ConfigError
 from uhd_jax.convert.tables import ConvertError
 
-_NUMBER = (int, float)
 _OBJECT, _LIST, _STRING = (Mapping,), (list,), (str,)
 _POSITIVE = "a whole number of at least 1"
+_NUMBER = "a number above 0 and below 1e30"
+_LARGEST = 2**31 - 1  # of sizes: what indices are made of
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _TEXT: dict[str, Any] = {
     **dict.fromkeys((*_SIZES, "vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings"), _POSITIVE),
@@ -24,6 +25,7 @@ _TEXT: dict[str, Any] = {
     "layer_types": _LIST,
     "model_type": _STRING,
 }
+_ROPE: dict[str, Any] = {**dict.fromkeys(("rope_theta", "partial_rotary_factor"), _NUMBER), "mrope_section": _LIST}
 _VISION: dict[str, Any] = {
     **dict.fromkeys((*_SIZES, "patch_size", "image_size", "num_patches", "num_channels"), _POSITIVE),
     **dict.fromkeys(("init_pos_emb_height", "init_pos_emb_width"), _POSITIVE),
@@ -41,10 +43,10 @@ _ONLY = {"num_channels": 3, "mm_vision_select_feature": "patch", "drop_vision_la
 # null means the same as no such key
 _NULLABLE = {"num_key_value_heads", "head_dim", "max_position_embeddings", "rope_theta", "partial_rotary_factor"}
 _NULLABLE |= {"rope_parameters", "rope_scaling", "layer_types", "text_config", "llm_config", "slice_config"}
-_NULLABLE |= {"mm_vision_select_feature", "drop_vision_last_layer"}
+_NULLABLE |= {"mm_vision_select_feature", "drop_vision_last_layer", "mrope_section"}
+_DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 _FEW = 1000  # layers, of which a list does no harm, whatever the tensors are
 _WORDS = {
-    _NUMBER: "a number",
     _OBJECT: "an object",
     _LIST: "a list",
     _STRING: "a string",
@@ -90,6 +92,10 @@ def check_types(config: Mapping[str, Any], parts: tuple[str, ...], tensors: int,
       ConvertError: a wrong type, a size below 1, or a way of computing that is not ours; names file, key and value.
     """
     _check(config, _TOP, "", path)
+    for key in ("torch_dtype", "dtype"):
+        if config.get(key) is not None and config[key] not in _DTYPES:
+            known = ", ".join(_DTYPES)
+            raise ConvertError(f"{path}: {key}: {_short(config[key])} is not supported; it must be one of {known}")
     for prefix, values, kinds in _objects(config, parts):
         _check(values, kinds, prefix, path)
         layers = values.get("num_hidden_layers")
@@ -101,7 +107,10 @@ def _objects(config: Mapping[str, Any], parts: tuple[str, ...]) -> Iterator[tupl
     """The objects that hold sizes of the parts: their prefix in messages, their values, the kinds of these."""
     if "decoder" in parts:
         name = next((name for name in ("text_config", "llm_config") if config.get(name)), None)
-        yield (f"{name}.", config[name], _TEXT) if name else ("", config, _TEXT)
+        prefix, text = (f"{name}.", config[name]) if name else ("", config)
+        yield prefix, text, _TEXT
+        for key in ("rope_parameters", "rope_scaling"):
+            yield f"{prefix}{key}.", text.get(key) or {}, _ROPE
     if "tower" in parts:
         if "vision_config" in config:
             yield "vision_config.", config["vision_config"], _VISION
@@ -114,14 +123,21 @@ def _check(values: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str, pat
         value = values.get(key)
         if key not in values or (value is None and key in _NULLABLE):
             continue
-        types = (int,) if kind is _POSITIVE else kind
+        types = {_POSITIVE: (int,), _NUMBER: (int, float)}.get(kind, kind)
         fits = isinstance(value, types) and isinstance(value, bool) == (kind == (bool,))
-        if not fits or (kind is _POSITIVE and value < 1):
-            wanted = kind if kind is _POSITIVE else _WORDS[kind]
-            raise ConvertError(f"{path}: {prefix}{key}: {value!r} is not {wanted}")
+        if fits and kind in (_POSITIVE, _NUMBER):
+            fits = 1 <= value <= _LARGEST if kind is _POSITIVE else 0 < value < 1e30
+        if not fits:
+            large = f" and at most {_LARGEST}" if kind is _POSITIVE and isinstance(value, int) and value > 1 else ""
+            raise ConvertError(f"{path}: {prefix}{key}: {_short(value)} is not {_WORDS.get(kind, kind)}{large}")
     for key in _ONLY.keys() & kinds.keys():
         if values.get(key) not in (None, _ONLY[key]):
             raise ConvertError(f"{path}: {prefix}{key}: {values[key]!r} is not supported; it must be {_ONLY[key]!r}")
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def in_their_words(error: ConfigError, path: Path) -> ConvertError:

@@ -185,7 +185,7 @@ def _chat(source: Source, config: _Fields, use_image_id: bool) -> ChatConfig:
     names = source.json("tokenizer_config.json") if source.has("tokenizer_config.json") else {}
     extra = names.get("extra_special_tokens")
     names = (extra if isinstance(extra, Mapping) else {}) | names
-    marks = {ours: _content(names[theirs]) for ours, theirs in CHAT_MARKS.items() if names.get(theirs)}
+    marks = {ours: _content(source, theirs, names[theirs]) for ours, theirs in CHAT_MARKS.items() if names.get(theirs)}
     template = "jinja" if source.has(TEMPLATE_FILE) or names.get("chat_template") else "chatml"
     chat = ChatConfig(template, tokenizer=str(source.folder), use_image_id=use_image_id, **marks)
     added = added_tokens(source.json("tokenizer.json"), source.folder / "tokenizer.json")
@@ -196,13 +196,21 @@ def _chat(source: Source, config: _Fields, use_image_id: bool) -> ChatConfig:
         raise config.wrong("image_token_id", f"there is none; it is the id of {chat.placeholder!r}")
     generation = source.json("generation_config.json") if source.has("generation_config.json") else {}
     ends = generation.get("eos_token_id")
-    ends = [ends] if isinstance(ends, int) else ends or []
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(end, int) for end in ends):
+        raise ConvertError(
+            f"{source.folder / 'generation_config.json'}: eos_token_id: {generation['eos_token_id']!r} is no id or list"
+        )
     stop = tuple(mark for mark, i in added.items() if i in ends and mark not in (chat.turn_end, chat.padding))
     return dataclasses.replace(chat, stop=stop)
 
 
-def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, Mapping) else token
+def _content(source: Source, key: str, token: Any) -> str:
+    """A token as tokenizer_config.json has it: its text, or an object with this as `content`."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(text, str):
+        raise ConvertError(f"{source.folder / 'tokenizer_config.json'}: {key}: {token!r} is not a token")
+    return text
 
 
 def _dropped(config: ModelConfig) -> tuple[Dropped, ...]:

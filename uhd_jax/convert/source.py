@@ -138,6 +138,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises:
       ConvertError: the file is no safetensors file, is truncated, or its header does not describe its bytes.
     """
+    if not file.is_file():  # opening what is a pipe would wait for ever
+        raise ConvertError(f"{file} is no file, or a link to nothing")
     size = file.stat().st_size
     with file.open("rb") as opened:
         start = opened.read(8)
@@ -210,7 +212,7 @@ def _indexed(index: Path) -> dict[str, TensorInfo]:
     placed = _weight_map(index)
     files = [index.parent / name for name in sorted(set(placed.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise ConvertError(f"{index} names files that are not there: {', '.join(missing)}")
+        raise ConvertError(f"{index} names files that are not there: {_some(missing)}")
     infos = _headers(files)
     problems = [
         f"{name} is not in {file}"
@@ -244,7 +246,12 @@ def _require_all(files: list[Path]) -> None:
         names = [f"{stem}-{number:05d}-of-{count}{suffix}" for number in range(1, int(count) + 1)]
         present = {file.name for file in files}
         if missing := [name for name in names if name not in present]:
-            raise ConvertError(f"{files[0].parent}: shards are missing: {', '.join(missing)}")
+            raise ConvertError(f"{files[0].parent}: shards are missing: {_some(missing)}")
+
+
+def _some(names: list[str]) -> str:
+    """Names for a message, of many the first ones."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _pickle_files(folder: Path) -> list[Path]:
@@ -253,7 +260,7 @@ def _pickle_files(folder: Path) -> list[Path]:
     if index.is_file():
         files = [folder / name for name in sorted(set(_weight_map(index).values()))]
         if missing := [file.name for file in files if not file.is_file()]:
-            raise ConvertError(f"{index} names files that are not there: {', '.join(missing)}")
+            raise ConvertError(f"{index} names files that are not there: {_some(missing)}")
         return files
     if files := sorted(folder.glob("pytorch_model*.bin")):
         _require_all(files)

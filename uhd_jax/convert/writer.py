@@ -106,6 +106,9 @@ def whole_folder(destination: str | Path, source: str | Path | None = None, nbyt
     """
     try:
         destination = Path(destination).resolve()
+        str(destination).encode()  # Orbax takes no other names
+    except UnicodeEncodeError:
+        raise ConvertError(f"{str(destination)!a} is not UTF-8; choose another name") from None
     except (OSError, RuntimeError) as error:  # a circle of links
         raise ConvertError(f"cannot write {destination}: {error}") from None
     if source is not None and Path(source).resolve() in (destination, *destination.parents):
