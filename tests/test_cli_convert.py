@@ -172,5 +172,5 @@ def test_verify_is_called_with_what_was_asked(capsys, monkeypatch):
     monkeypatch.setattr("uhd_jax.analysis.verify.verify", lambda *arguments: calls.append(arguments) or Report())
     status, out, _ = call(capsys, "convert", "verify", "a", "b", "--image=x.png", "--image=y.png", "--prompt=Why?")
     assert (status, out) == (0, "a table\n")
-    assert calls == [("a", "b", ["x.png", "y.png"], ["Why?"])]
+    assert calls == [("a", "b", ["x.png", "y.png"], ["Why?"], False)]
     assert call(capsys, "convert", "verify", "a", "b", "--json")[1] == '{"max_abs": 0.5}\n'

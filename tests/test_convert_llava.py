@@ -14,6 +14,7 @@ import pytest
 from checkpoints import abstract, assert_same_tree, exported, random_tensors, read_checkpoint, write_checkpoint
 
 import uhd_jax
+from uhd_jax.analysis.verify import verify
 from uhd_jax.checkpoint import save_model
 from uhd_jax.config import ChatConfig, ConnectorConfig, DecoderConfig, ModelConfig, PyramidConfig, TowerConfig
 from uhd_jax.config.presets import CLIP_L_14_336, QWEN2_7B, QWEN2_CHAT, VICUNA_7B, VICUNA_13B, VICUNA_CHAT
@@ -211,6 +212,21 @@ def test_logits_are_those_of_the_parts_put_together(folder):
     expected = _expected_logits(name, model, prepared.token_ids, image, prepared.plans[0])
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
+
+
+def test_verify_compares_what_transformers_has_classes_for(folder, tmp_path):
+    name, path = folder
+    report = verify(path, path)
+    summary = report.summary()
+    assert summary["parts"] == ["tower", "decoder"] and report.problem is None
+    assert "the connector" in str(report) and len(summary["not_compared"]) == 2
+    assert [c.given for c in report.comparisons][1::4] == ["image 1, 2x4 patches", "75 random ids"][
+        : len(report.comparisons)
+    ]
+    tensors = _tensors(name)
+    wrong = f"{TOWER}encoder.layers.0.mlp.fc1.weight"
+    write_checkpoint(tmp_path, tensors | {wrong: tensors[wrong][::-1]}, _fields(name))
+    assert "features of 'image 1" in verify(path, tmp_path).problem
 
 
 def test_a_pickle_is_the_same_checkpoint(tmp_path):

@@ -11,8 +11,11 @@ import pytest
 from checkpoints import assert_same_tree, exported, read_checkpoint, write_checkpoint
 from golden_v4 import load as golden
 
+from uhd_jax.analysis.verify import VerifyError, verify
+from uhd_jax.config import ChatConfig
 from uhd_jax.convert.families import FAMILIES, family_named
 from uhd_jax.convert.tables import ConvertError
+from uhd_jax.data.tokenizer import byte_tokenizer
 from uhd_jax.models import uhd
 
 torch = pytest.importorskip("torch")
@@ -136,6 +139,9 @@ def test_an_exported_tower_loads_in_transformers(kind, tmp_path):
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     image = np.random.default_rng(0).normal(size=(3, SIDE * PATCH, SIDE * PATCH)).astype(np.float32)
     np.testing.assert_array_equal(_expected(kind, loaded.eval(), image), _expected(kind, model, image))
+    report = verify(tmp_path / "source", out)
+    assert report.summary()["parts"] == ["tower"] and report.problem is None
+    assert len(report.comparisons) == (4 if kind == "clip" else 2)
 
 
 @pytest.mark.parametrize("prefix", ["", "vision_tower."])
@@ -233,6 +239,27 @@ def test_language_models_there_and_back(kind, tied, tmp_path):
     loaded, report = type(model).from_pretrained(out, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     np.testing.assert_array_equal(_logits(loaded.eval(), ids), expected)
+    report = verify(tmp_path / "source", out)
+    assert report.summary()["parts"] == ["decoder"] and report.problem is None
+    assert report.summary()["top1_agreement"] == 1
+
+
+def test_verify_finds_other_parts(tmp_path):
+    model, other = _text_model("llama"), _tower("clip", False)
+    tensors = _tensors(model)
+    source = write_checkpoint(tmp_path / "source", tensors, _fields(model))
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"][::-1]
+    damaged = write_checkpoint(tmp_path / "damaged", tensors, _fields(model))
+    assert "logits of '75 random ids' differ at position" in verify(source, damaged).problem
+    tower = write_checkpoint(tmp_path / "tower", _tensors(other), _fields(other))
+    with pytest.raises(VerifyError, match="tower has no decoder to compare with that of .*source"):
+        verify(source, tower)
+    wider = write_checkpoint(tmp_path / "wider", _tensors(_text_model("qwen3")), _fields(_text_model("qwen3")))
+    with pytest.raises(VerifyError, match="not the same decoder: .*decoder.qk_norm: False in the source, True here"):
+        verify(source, wider)
+    byte_tokenizer(ChatConfig()).save(source)
+    with pytest.raises(VerifyError, match=r"its tokenizer makes of 'What is shown.* id \d+, the decoder has 50"):
+        verify(source, source)
 
 
 def test_qwen3_5_with_its_vision_tower(tmp_path):
@@ -247,6 +274,7 @@ def test_qwen3_5_with_its_vision_tower(tmp_path):
     family, config, same = read_checkpoint(write_checkpoint(tmp_path / "whole", whole, fields))
     assert family.name == "qwen3_5_with_vision" and config.decoder == expected.decoder
     assert_same_tree(same, params)
+    assert verify(tmp_path / "whole", tmp_path / "alone", prompts=["Hm?"]).problem is None
 
 
 def test_a_layout_of_another_language_model(tmp_path):

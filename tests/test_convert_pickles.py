@@ -6,11 +6,14 @@ import errno
 import hashlib
 import pickle
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from uhd_jax.convert import pickles
+from uhd_jax.convert.scratch import PREFIX, Scratch, remove_leftovers
 from uhd_jax.convert.source import open_source
 from uhd_jax.convert.tables import ConvertError
 
@@ -64,6 +67,32 @@ def test_shards_and_what_a_trainer_leaves_beside_them(tmp_path):
     with open_source(tmp_path, allow_pickle=True) as source:
         assert {name: info.shape for name, info in source.tensors.items()} == {"a": (2,), "b": (3,)}
     assert not (tmp_path / "evil").exists()
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, monkeypatch):
+    """By the next; what another process is at work with stays."""
+    temporary = tmp_path / "tmp"
+    (temporary / f"{PREFIX}killed" / "0").mkdir(parents=True)
+    (temporary / f"{PREFIX}killed" / "0" / "model.safetensors").write_bytes(b"half")
+    (temporary / "uhd-jax-mine").mkdir()
+    used = Scratch(temporary)
+    assert not (temporary / f"{PREFIX}killed").exists()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    with open_source(tmp_path / "pytorch_model.bin", allow_pickle=True) as source:
+        assert source.read("a").tolist() == [1, 1]
+        assert len(list(temporary.iterdir())) == 3
+    assert {path.name for path in temporary.iterdir()} == {"uhd-jax-mine", used.path.name}
+    code = (
+        "import os, signal, sys; from uhd_jax.convert.scratch import Scratch; "
+        "made = Scratch(sys.argv[1]); print(made.path.name, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(temporary)], capture_output=True, text=True)
+    assert (temporary / done.stdout.strip()).is_dir() and done.returncode < 0
+    remove_leftovers(temporary)
+    assert not (temporary / done.stdout.strip()).exists() and used.path.is_dir()
+    used.cleanup()
+    assert [path.name for path in temporary.iterdir()] == ["uhd-jax-mine"]
 
 
 def test_what_would_run_is_not_run(tmp_path):

@@ -16,6 +16,7 @@ from checkpoints import abstract, assert_same_tree, exported, random_tensors, re
 from golden_v4 import GOLDEN, load, padded_views, split_views
 
 import uhd_jax
+from uhd_jax.analysis.verify import VerifyError, verify
 from uhd_jax.config import CompressorConfig, ConnectorConfig, DecoderConfig, ModelConfig
 from uhd_jax.config.presets import QWEN3_8B
 from uhd_jax.convert.families import family_named
@@ -125,6 +126,18 @@ def test_there_and_back(form, tmp_path):
     assert_same_tree(same_params, params)
 
 
+@pytest.mark.parametrize("form", ["paper", "baseline"])
+def test_verify_runs_it_as_minicpm_v_4_6(form, tmp_path):
+    pytest.importorskip("transformers")
+    tensors, layer = (_paper(), 1) if form == "paper" else (_baseline(), -1)
+    source = _write(tmp_path / "source", tensors, _fields(insert_layer_id=layer))
+    report = verify(source, source, prompts=["What is this?"])
+    assert report.problem is None and report.summary()["parts"] == ["model"] and report.comparisons[0].images == 2
+    name = "resampler.mlp.0.mlp.0.weight"
+    wrong = _write(tmp_path / "wrong", tensors | {name: tensors[name][::-1]}, _fields(insert_layer_id=layer))
+    assert "logits of 'What is this?' differ" in verify(source, wrong, prompts=["What is this?"]).problem
+
+
 def test_files_without_a_place_for_the_compressor_mean_the_papers(tmp_path):
     """Training's flag is -1 by default; a checkpoint that holds the compressor had another."""
     fields = _fields()
@@ -221,6 +234,8 @@ def test_vdim_there_and_back(tmp_path):
     again, same, same_params = read_checkpoint(write_checkpoint(tmp_path / "out", back, None))
     assert (again.name, same) == ("vdim", config)
     assert_same_tree(same_params, params)
+    with pytest.raises(VerifyError, match="transformers has no class for vdim; import and export are exact"):
+        verify(tmp_path / "source", tmp_path / "out")
     assert sum(tensor.size for tensor in back.values()) == 1_062_066 - 1024 * 1025 + 6 * 7
 
 

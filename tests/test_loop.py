@@ -17,9 +17,18 @@ import numpy as np
 import pytest
 import tiny
 import train_tiny
+from checkpoints import exported, write_checkpoint
 
-from uhd_jax.checkpoint import Checkpointer, CheckpointError, ConfigMismatch, load_model, save_model
+from uhd_jax.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    ConfigMismatch,
+    load_model,
+    load_model_config,
+    save_model,
+)
 from uhd_jax.config import ConfigError, MeshConfig
+from uhd_jax.convert.families import family_named
 from uhd_jax.models import uhd
 from uhd_jax.sharding.mesh import ShardingError
 from uhd_jax.training.loop import TrainingError, train
@@ -368,12 +377,31 @@ def test_starting_from_a_saved_model(tmp_path):
     run(tmp_path / "run", tiny.run(**SOON, init_from=str(tmp_path / "model")))
     trained = load_model(tmp_path / "run")[0]
     jax.tree.map(np.testing.assert_array_equal, trained["decoder"], params["decoder"])
+    assert load_model_config(tmp_path / "run").decoder.max_positions == tiny.BUCKET.tokens  # its longest row
     other = dataclasses.replace(tiny.MODEL, tower=dataclasses.replace(tiny.MODEL.tower, heads=4))
     save_model(tmp_path / "model", params, other)
     with pytest.raises(ConfigMismatch, match=r"model\.tower\.heads: 4 there, 2 here"):
         run(tmp_path / "again", tiny.run(**SOON, init_from=str(tmp_path / "model")))
     with pytest.raises(CheckpointError, match="holds no model"):
         run(tmp_path / "again", tiny.run(**SOON, init_from=str(tmp_path)))
+
+
+def test_starting_from_a_foreign_checkpoint_on_a_mesh(tmp_path):
+    """Read tensor by tensor into the mesh's shardings; the longest input is that of its files."""
+    decoder = dataclasses.replace(tiny.MODEL.decoder, max_positions=99)
+    config = dataclasses.replace(tiny.MODEL, decoder=decoder)
+    params = jax.tree.map(lambda leaf: leaf + 0.01, tiny.params())
+    family, folder = family_named("llava_uhd_v4_research"), tmp_path / "theirs"
+    write_checkpoint(folder, exported(family, config, jax.tree.map(np.asarray, params)), None)
+    family.write_files(config, None, folder)
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    run(tmp_path / "run", tiny.run(**SOON, init_from=str(folder), mesh=mesh), devices=8)
+    trained, config = load_model(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, trained["decoder"], params["decoder"])
+    assert config.decoder.max_positions == 99
+    with pytest.raises(ConfigMismatch, match=r"model\.tower\.heads: 2 there, 4 here"):
+        other = dataclasses.replace(tiny.MODEL, tower=dataclasses.replace(tiny.MODEL.tower, heads=4))
+        run(tmp_path / "again", dataclasses.replace(tiny.run(**SOON, init_from=str(folder)), model=other))
 
 
 def test_rows_that_do_not_spread_are_refused_before_compiling(tmp_path):

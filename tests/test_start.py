@@ -109,6 +109,7 @@ def test_what_is_taken_what_is_made_and_what_is_said(v4):
     tower, decoder, folder, done = v4
     params, config = load_model(folder)
     assert dataclasses.replace(config, chat=V4.chat) == V4
+    assert config.decoder.max_positions == 40_960  # of the language model's files
     fresh = _fresh(V4, 3)
     assert {path: leaf.shape for path, leaf in flatten(params).items()} == {
         path: leaf.shape for path, leaf in flatten(fresh).items()

@@ -12,11 +12,13 @@ from command_line import call
 from hf46 import make_checkpoint
 from safetensors.numpy import load_file, save_file
 
-from uhd_jax.analysis.verify import Comparison, Report, VerifyError, compare_logits, made_images, verify
+from uhd_jax.analysis.comparison import Comparison, Report, compare_features, compare_logits
+from uhd_jax.analysis.verify import VerifyError, made_images, verify
 from uhd_jax.cli.convert import _abstract_of
 from uhd_jax.config import ChatConfig
 from uhd_jax.convert.minicpmv46_files import chat_template
 from uhd_jax.convert.source import open_source
+from uhd_jax.convert.tables import ConvertError
 from uhd_jax.convert.transfer import import_model, recognise
 
 pytest.importorskip("transformers")
@@ -45,6 +47,7 @@ def test_a_good_import(folders):
     assert summary["positions"] == sum(len(c.kl) for c in report.comparisons)
     text = str(report)
     assert "100.0%" in text and len(text.splitlines()) == 5
+    assert summary["parts"] == ["model"] and summary["max_relative"] is None and summary["not_compared"] == []
     assert ("the same" if loadable else "not compared") in text
 
 
@@ -70,20 +73,25 @@ def test_the_command_line(folders, capsys, image_file):
     status, out, _ = call(capsys, *arguments, "--json")
     found = json.loads(out)
     assert status == 0
-    assert found["top1_agreement"] == 1 and len(found["prompts"]) == 1
-    (prompt,) = found["prompts"]
+    assert found["top1_agreement"] == 1 and len(found["comparisons"]) == 1
+    (prompt,) = found["comparisons"]
     assert len(prompt["kl"]) == len(prompt["max_abs"]) == len(prompt["same_top"]) == found["positions"]
 
 
 def test_the_verdict():
     def problem(kl, same_ids=None):
         figures = np.array([1e-3, kl]), np.array([0.0, kl]), np.array([True, True])
-        return Report("source", "model", (Comparison("Why?", 0, *figures, same_ids),)).problem
+        return Report("source", "model", (Comparison("model", "Why?", 0, *figures, same_ids=same_ids),)).problem
 
     assert problem(1e-6) is None
     assert problem(0.5) == "logits of 'Why?' differ at position 1: KL 5.0e-01, above 1e-04"
     assert "not finite" in problem(np.nan)
     assert "other ids" in problem(1e-6, same_ids=False)
+    features = compare_features(np.array([[3.0, 4.0], [3.0, 4.1]]), np.array([[3.0, 4.0], [3.0, 4.0]]))
+    np.testing.assert_allclose(features["relative"], [0, 0.02])
+    of_tower = Report("source", "model", (Comparison("tower", "image 1", 1, **features),), ("the rest",))
+    assert of_tower.problem == "features of 'image 1' differ at position 1: relative difference 2.0e-02, above 1e-03"
+    assert of_tower.summary()["max_kl"] is None and "not compared: the rest" in str(of_tower)
 
 
 def test_another_model_is_refused(folders, tmp_path):
@@ -96,7 +104,7 @@ def test_another_model_is_refused(folders, tmp_path):
 def test_compare_logits():
     theirs = np.log([[0.5, 0.5], [0.25, 0.75]])
     ours = np.log([[0.25, 0.75], [0.25, 0.75]]) + 3
-    max_abs, kl, same = compare_logits(ours, theirs)
+    max_abs, kl, same = compare_logits(ours, theirs).values()
     np.testing.assert_allclose(max_abs, [3 + np.log(1.5), 3])
     np.testing.assert_allclose(kl, [0.5 * np.log(2) + 0.5 * np.log(2 / 3), 0], atol=1e-12)
     assert same.tolist() == [False, True]
@@ -109,15 +117,22 @@ def test_made_images_are_always_the_same():
 
 def test_sources_that_cannot_run(folders, tmp_path, monkeypatch):
     source, imported = folders
-    with pytest.raises(VerifyError, match=r"config.json: no such file"):
+    with pytest.raises(ConvertError, match="no weights there"):
         verify(tmp_path, imported)
+    for path in source.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(VerifyError, match=r"config.json: not JSON"):
+    with pytest.raises(ConvertError, match=r"config.json: not JSON"):
         verify(tmp_path, imported)
-    (tmp_path / "config.json").write_text('{"model_type": "llava_llama"}')
-    with pytest.raises(VerifyError, match=r"no class that runs model_type 'llava_llama'"):
+    fields = json.loads((source / "config.json").read_text())
+    fields["text_config"]["linear_num_value_heads"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ConvertError, match="linear_num_value_heads"):
         verify(tmp_path, imported)
-    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    fields["text_config"]["linear_num_value_heads"] = 4
+    fields["pad_token_id"] = ["x"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(VerifyError, match=r"transformers .* cannot load it"):
         verify(tmp_path, imported)
     monkeypatch.setitem(sys.modules, "torch", None)

@@ -59,10 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     combine.add_argument("--upsampler", metavar="SRC", help="of v2's pyramid: VDIM's file, or a whole v2")
     combine.add_argument("--seed", type=not_negative, default=0, metavar="N", help="of what no checkpoint holds")
     verify = add("verify", "a checkpoint in PyTorch against its import here", "the checkpoint", None)
-    verify.add_argument("directory", metavar="DST", help="the folder that its import, or an export, wrote")
+    verify.add_argument("directory", metavar="DST", help="the folder of an import, an export or a model")
     verify.add_argument("--image", action="append", default=[], metavar="F", help="an image file; may be repeated")
     verify.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a question; may be repeated")
-    for one in (inspect, to_import, combine):
+    for one in (inspect, to_import, combine, verify):
         one.add_argument("--allow-pickle", action="store_true", help="also read .bin, .pt, .pth and .ckpt; needs torch")
 
 
@@ -152,7 +152,7 @@ def _combine(arguments: argparse.Namespace, config: RunConfig) -> None:
 def _verify(arguments: argparse.Namespace, _: None) -> None:
     from uhd_jax.analysis.verify import VerifyError, verify
 
-    report = verify(arguments.source, arguments.directory, arguments.image, arguments.prompt)
+    report = verify(arguments.source, arguments.directory, arguments.image, arguments.prompt, arguments.allow_pickle)
     print(json.dumps(report.to_json()) if arguments.json else report)
     if report.problem:
         raise VerifyError(f"{arguments.directory} is not what {arguments.source} is: {report.problem}")

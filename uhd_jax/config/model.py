@@ -223,7 +223,8 @@ class DecoderConfig:
     delta_key_dim: int = 0  # per head
     delta_value_dim: int = 0
     delta_conv: int = 4  # tokens that the causal convolution sees
-    # Longest input that the source's files name, kept for an export; 0: unknown. It changes nothing that is computed.
+    # Longest input, for an export; 0: that of the weights a training starts from, else its longest row. It changes
+    # nothing that is computed.
     max_positions: int = dataclasses.field(default=0, compare=False)
 
     def __post_init__(self):

@@ -147,7 +147,7 @@ class TrainConfig:
 
     stages: tuple[StageConfig, ...]
     seed: int = 0
-    init_from: str = ""  # model or workdir whose parameters the first stage starts from; empty: random
+    init_from: str = ""  # model, workdir or foreign checkpoint the first stage starts from; empty: random
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint_every: int = 500

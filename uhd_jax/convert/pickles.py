@@ -26,15 +26,17 @@ from uhd_jax.convert.tensors import DTYPES, TensorInfo
 from uhd_jax.convert.writer import write_safetensors
 
 
-def to_safetensors(file: Path, folder: Path) -> list[Path]:
+def to_safetensors(file: Path, folder: Path, *held: int) -> list[Path]:
     """Writes the tensors of a pickle as safetensors files into a new folder, and prints the pickle's sha256.
+
+    `held` are file descriptors that the process of its own keeps open, with the locks on them.
 
     Raises:
       ConvertError: torch is missing; the file is damaged, holds anything that weights_only refuses, or no tensors.
     """
     folder.mkdir()
     command = [sys.executable, "-m", "uhd_jax.convert.pickles", str(file.resolve()), str(folder)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, pass_fds=held)
     if done.returncode:
         problem = done.stdout.strip() or f"reading it ended with status {done.returncode}"
         raise ConvertError(f"{file}: {problem}")

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from uhd_jax.convert.scratch import Scratch
 from uhd_jax.convert.tables import ConvertError, not_finite
 from uhd_jax.convert.tensors import DTYPES, INDEX, TensorInfo
 
@@ -286,13 +287,13 @@ def _unpickled(path: Path, files: list[Path], allow_pickle: bool) -> Source:
 
     base = os.environ.get("TMPDIR") or tempfile.gettempdir()  # which would go elsewhere where TMPDIR is full
     try:
-        scratch = tempfile.TemporaryDirectory(prefix="uhd-jax-", dir=base)
+        scratch = Scratch(base)
     except OSError as error:
         raise ConvertError(
             f"cannot unpickle {path} into {base}: {error.strerror}; set TMPDIR to another folder"
         ) from None
     try:
-        made = [pickles.to_safetensors(file, Path(scratch.name) / f"{i}") for i, file in enumerate(files)]
+        made = [pickles.to_safetensors(file, scratch.path / f"{i}", scratch.handle) for i, file in enumerate(files)]
         return Source(path, _headers(file for group in made for file in group), scratch)
     except BaseException:
         scratch.cleanup()

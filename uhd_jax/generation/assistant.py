@@ -383,12 +383,12 @@ def load(directory: str | Path, max_length: int = 32_768) -> Assistant:
         raise CheckpointError(f"{directory} {problem}; give the folder of a training run or of a model")
     if (directory / "config.json").exists():  # no folder of ours has one
         with open_source(directory) as source:
-            return Assistant(*_imported(source), _tokenizer(directory), max_length)
+            return Assistant(*_imported(source), foreign_tokenizer(directory), max_length)
     params, config = load_model(directory)
     return Assistant(config, params, load_tokenizer(directory / "tokenizer"), max_length)
 
 
-def _tokenizer(folder: Path) -> Tokenizer:
+def foreign_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a foreign checkpoint, of SentencePiece's kind too."""
     if (folder / "tokenizer.json").is_file() or not sentencepiece.has_tokenizer(folder):
         return load_tokenizer(folder)

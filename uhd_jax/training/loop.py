@@ -19,8 +19,6 @@ from uhd_jax import __version__, cost
 from uhd_jax.batch import Batch
 from uhd_jax.checkpoint import (
     Checkpointer,
-    load_model,
-    load_model_config,
     newest_step,
     require_same_model,
 )
@@ -44,7 +42,8 @@ from uhd_jax.training.objective import loss_sums_of, scaffold_init
 from uhd_jax.training.optimizer import make_optimizer
 from uhd_jax.training.resume import beside_params, resume
 from uhd_jax.training.signals import Interrupted, Signals
-from uhd_jax.training.stages import SCAFFOLD
+from uhd_jax.training.stages import SCAFFOLD, with_longest
+from uhd_jax.training.start import read_start, start_config
 from uhd_jax.training.state import TrainState, abstract_state, draw_params, enter_stage, first_state, shardings_of
 from uhd_jax.training.step import CompiledSteps, make_train_step
 from uhd_jax.training.step_log import Pending, StepLog, TrainingError
@@ -148,7 +147,7 @@ class Run:
             self._target(index)  # what cannot be trained or sharded is refused before the workdir is made
         init_from = config.train.init_from
         if init_from and newest_step(workdir) is None:
-            require_same_model(init_from, load_model_config(init_from), config.model)
+            require_same_model(init_from, start_config(init_from), config.model)
         self.peak = cost.peak_flops(mesh.devices.flatten().tolist(), config.train.peak_flops)
         self.together = jax.process_count() > 1
         self.poll = multihost.Poll(mesh) if self.together else None
@@ -238,15 +237,18 @@ class Run:
         found = resume(self.checkpointer, self.workdir, self.config, self._target)
         if found is None:
             target = self._target(0)
-            seed, init_from = self.config.train.seed, self.config.train.init_from
+            seed, init_from, known = self.config.train.seed, self.config.train.init_from, 0
             if init_from:
-                params, _ = load_model(init_from, lambda on_disk: target.params)
+                params, source = read_start(init_from, target.params)
+                known = source.decoder.max_positions
             else:
                 params = draw_params(self.init_params, seed, shardings_of(target.params))
+            self.config = with_longest(self.config, known)
             params = {**params, SCAFFOLD: self._draw_scaffold(0, target)}
             return first_state(params, seed, *self._optimizer(0), target), 0, None
         self.warnings, self.saved_step, meta = found.warnings, found.step, found.meta
         self.seconds_before = meta["elapsed_seconds"]
+        self.config = with_longest(self.config, meta["config"]["model"]["decoder"].get("max_positions", 0))
         self.empty_total, self.empty_in_a_row = meta.get("empty_total", 0), meta.get("empty_in_a_row", 0)
         return found.state, meta["stage_index"], found.iterator
 

@@ -1,17 +1,18 @@
-"""The parts a stage may train, and the four-stage recipe of LLaVA-UHD v4.
+"""The parts a stage may train, the four-stage recipe of LLaVA-UHD v4, and the longest input of what is trained.
 
 Source: LLaVA-UHD v4 (arXiv 2605.08985) Tables A7 and A8, and the released training scripts (spec v4 section 1.10).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from uhd_jax.config import PARTS, ConfigError
+from uhd_jax.config import PARTS, ConfigError, RunConfig
 
 PART_PATTERNS: dict[str, str] = {
     "patch_embedding": r"tower/patch_embedding/.+",
@@ -208,3 +209,12 @@ def llava_recipe(
         }
         for number in range(2)
     ]
+
+
+def with_longest(config: RunConfig, known: int) -> RunConfig:
+    """The config with its model's longest input, for exports: its own, else that of where the model comes from, else
+    the longest row it is trained on."""
+    model = config.model
+    longest = model.decoder.max_positions or known or max(stage.packed_length for stage in config.train.stages)
+    decoder = dataclasses.replace(model.decoder, max_positions=longest)
+    return dataclasses.replace(config, model=dataclasses.replace(model, decoder=decoder))

@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from uhd_jax.checkpoint import Streamed, save_model
+from uhd_jax.checkpoint import Streamed, load_model, load_model_config, save_model
 from uhd_jax.config import ChatConfig, ModelConfig
 from uhd_jax.convert import sentencepiece
 from uhd_jax.convert.source import Source, open_source
 from uhd_jax.convert.tables import ConvertError, Move, flatten, load, unflatten
-from uhd_jax.convert.transfer import recognise
+from uhd_jax.convert.transfer import load_params, recognise
 from uhd_jax.convert.writer import whole_folder
 from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from uhd_jax.models import uhd
@@ -107,11 +107,13 @@ def combine(
             (folder / "tokenizer").mkdir()
             tokenizer.save(folder / "tokenizer")
             chat = dataclasses.replace(config.chat, tokenizer="tokenizer")
+            longest = decoder_model.decoder.max_positions or config.decoder.max_positions
+            words = dataclasses.replace(config.decoder, max_positions=longest)
             streamed = {
                 path: leaf if isinstance(leaf, Streamed) else _whole(leaf.shape, lambda leaf=leaf: leaf)
                 for path, leaf in params.items()
             }
-            save_model(folder, unflatten(streamed), dataclasses.replace(config, chat=chat))
+            save_model(folder, unflatten(streamed), dataclasses.replace(config, chat=chat, decoder=words))
     return {
         "tower": tower_family,
         "decoder": decoder_family,
@@ -120,6 +122,42 @@ def combine(
         "new_rows": len(new),
         "parameters": count,
     }
+
+
+def start_config(directory: str | Path) -> ModelConfig:
+    """The config of the model that `read_start` would read.
+
+    Raises:
+      CheckpointError, ConvertError: there is none, or what is there is damaged.
+    """
+    if not _is_foreign(directory):
+        return load_model_config(directory)
+    with open_source(directory) as source:
+        return recognise(source, abstract_of).config
+
+
+def read_start(directory: str | Path, target: Any) -> tuple[Any, ModelConfig]:
+    """Parameters that a training starts from, read straight into the shardings of its mesh.
+
+    Args:
+      directory: a saved model or the workdir of a run, or a checkpoint of a whole model in a foreign layout.
+      target: tree of ShapeDtypeStruct with shardings.
+
+    Returns:
+      The parameters and the config of the model that is there.
+
+    Raises:
+      CheckpointError, ConvertError: there is none, or what is there is damaged.
+    """
+    if not _is_foreign(directory):
+        return load_model(directory, lambda on_disk: target)
+    with open_source(directory) as source:
+        found = recognise(source, abstract_of)
+        return load_params(source, found, target), found.config
+
+
+def _is_foreign(directory: str | Path) -> bool:
+    return (Path(directory) / "config.json").exists()  # which no folder of ours has
 
 
 def abstract_of(config: ModelConfig) -> Any:
