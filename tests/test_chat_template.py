@@ -70,6 +70,9 @@ def test_a_tokenizer_keeps_its_template(tmp_path):
     for value, expected in (("text", "text"), (named, "d"), (None, "")):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
         assert load_tokenizer(tmp_path).chat_template == expected
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [3]}))
+    with pytest.raises(TokenizerError, match="tokenizer_config.json: chat_template is neither a text nor a list"):
+        load_tokenizer(tmp_path)
 
 
 def test_the_form_jinja_needs_a_template():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
@@ -24,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 import uhd_jax
 from uhd_jax.checkpoint import Checkpointer, CheckpointError, SavedModel, load_model
 from uhd_jax.config import MeshConfig, to_dict
-from uhd_jax.convert import transfer
+from uhd_jax.convert import transfer, writer
 from uhd_jax.convert.source import Source, open_source
 from uhd_jax.convert.tables import SAME, TRANSPOSE, ConvertError, Entry, flatten, load, match
 from uhd_jax.convert.transfer import export_model, import_model, load_params, recognise
@@ -441,6 +442,24 @@ def test_a_full_disk(checkpoint, tmp_path):
     assert done.returncode == 1 and "cannot write" in last and "MiB free there" in last and "File too large" in last
     assert "ulimit" in last and "permission" not in last and ".partial" not in last
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_disk_that_becomes_full_in_an_export(checkpoint, tmp_path, monkeypatch):
+    made = imported(checkpoint, tmp_path / "made")
+    before, written = digest(made / "tokenizer"), []
+
+    def write(path, *arguments):
+        if written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path)
+        whole(path, *arguments)
+
+    whole = writer._write_file
+    monkeypatch.setattr(writer, "_write_file", write)
+    with pytest.raises(ConvertError, match="cannot write .*out: No space left on device .*what was written is removed"):
+        export_model(made, tmp_path / "out", max_shard_bytes=100_000)
+    assert written and sorted(path.name for path in tmp_path.iterdir()) == ["made", "source"]
+    assert digest(made / "tokenizer") == before
 
 
 def test_saved_models_read_one_parameter_at_a_time(checkpoint, tmp_path):

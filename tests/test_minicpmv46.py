@@ -32,8 +32,16 @@ torch = pytest.importorskip("torch")
 
 CASES = {
     "qwen3": dict(text_type="qwen3"),
-    "qwen3_tied": dict(text_type="qwen3", tied=True, insert=0, num_attention_heads=6, num_key_value_heads=3),
-    "qwen3_4x": dict(text_type="qwen3", mode="4x", insert=2, vision={"num_attention_heads": 2, "image_size": 140}),
+    "qwen3_tied": dict(
+        text_type="qwen3", tied=True, insert=0, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3
+    ),
+    "qwen3_4x": dict(
+        text_type="qwen3",
+        mode="4x",
+        insert=3,
+        vision={"num_attention_heads": 2, "image_size": 140, "num_hidden_layers": 5},
+        intermediate_size=56,
+    ),
     "qwen35": dict(text_type="qwen3_5_text", tied=True),
     "qwen35_untied": dict(text_type="qwen3_5_text", num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=1),
     "qwen35_4x": dict(text_type="qwen3_5_text", mode="4x", linear_num_value_heads=2, linear_key_head_dim=8),

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 
 BLOCK = 2**24  # bytes of a parameter that are made, written and later read together
-_CHECKED = 2**22  # elements that are looked at together
+_CHECKED = 2**16  # elements that are looked at together: what stays in the cache
+_STRIPE = 256  # bytes of a transposed matrix's columns that are copied together, likewise
 
 
 class ConvertError(ValueError):
@@ -327,8 +328,9 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     if array.ndim != 2 or array.flags.c_contiguous or array.strides[0] > array.strides[1]:
         return np.asarray(array, order="C")
     result = np.empty(array.shape, array.dtype)
-    for start in range(0, array.shape[1], 16):  # of which the source's lines stay in the cache
-        result[:, start : start + 16] = array[:, start : start + 16]
+    width = max(1, _STRIPE // array.itemsize)
+    for start in range(0, array.shape[1], width):
+        result[:, start : start + width] = array[:, start : start + width]
     return result
 
 

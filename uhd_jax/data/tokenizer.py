@@ -198,8 +198,10 @@ def _chat_template(folder: Path) -> str:
         raise TokenizerError(f"tokenizer {config}: not a JSON object ({error})") from None
     if isinstance(template, str):
         return template
-    named = {one["name"]: one["template"] for one in template}
-    return named.get("default", "")
+    try:
+        return {one["name"]: one["template"] for one in template}.get("default", "")
+    except (KeyError, TypeError):
+        raise TokenizerError(f"tokenizer {config}: chat_template is neither a text nor a list of named ones") from None
 
 
 def _is_mark(token: dict) -> bool:
