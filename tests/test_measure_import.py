@@ -30,6 +30,7 @@ def test_figures(tmp_path, monkeypatch, capsys):
     assert figures["largest_stacked_bytes"] == 2 * max(math.prod(leaf.shape) for leaf in leaves)
     assert 50e6 < figures["peak_bytes"] < figures["allowed_bytes"] == figures["largest_stacked_bytes"] + 2**30
     assert figures["import_seconds"] > 0 < figures["copy_seconds"] and figures["import_processor_seconds"] > 0
+    assert figures["import_to_copy"] > 0 < figures["import_processor_seconds_per_gb"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -147,6 +147,8 @@ def measure(folder: Path, gibibytes: float, dtype: str) -> dict[str, float | int
         "import_seconds": round(importing, 2),
         "import_mb_per_second": round(nbytes / 1e6 / importing, 1),
         "import_processor_seconds": round(float(processor), 2),
+        "import_processor_seconds_per_gb": round(float(processor) / nbytes * 1e9, 2),
+        "import_to_copy": round(importing / copying, 2),
         "copy_seconds": round(copying, 2),
         "copy_mb_per_second": round(nbytes / 1e6 / copying, 1),
     }
