@@ -16,7 +16,7 @@ from uhd_jax.batch import Bucket, abstract_batch
 from uhd_jax.config import ModelConfig, RunConfig, StageConfig
 from uhd_jax.models import uhd
 from uhd_jax.sharding.mesh import make_mesh
-from uhd_jax.sharding.rules import batch_sharding, check_rows
+from uhd_jax.sharding.rules import batch_sharding, check_decoder, check_params, check_rows
 from uhd_jax.slicing.plan import Size, plan_image
 from uhd_jax.slicing.sizes import ImageRefused
 from uhd_jax.training.objective import loss_sums_of, scaffold_init
@@ -97,10 +97,12 @@ def compile_step(config: RunConfig, stage: StageConfig, target: Target) -> Compi
         model = dataclasses.replace(model, attention="xla")  # cuDNN plans its kernels on a device
     mesh = make_mesh(config.train.mesh, devices_of(target))
     check_rows(stage.rows, stage.accumulation, mesh)
+    check_decoder(model.decoder, mesh)
     bucket = bucket_of(model, stage)
     started = time.monotonic()
     key = jax.random.key(0)
     params = jax.eval_shape(lambda key: uhd.init_params(model, key), key)
+    check_params(params, mesh, config.train.mesh.unsharded_tolerance)
     scaffold = jax.eval_shape(scaffold_init(model, stage), key)
     optimizer = make_optimizer(config.train.optimizer, stage)
     state = abstract_state({**params, SCAFFOLD: scaffold}, optimizer, stage.trainable, mesh)
