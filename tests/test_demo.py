@@ -1,6 +1,7 @@
 """The embedded dataset: split by image, pages that align with slices, answers, scoring, speed."""
 
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -87,6 +88,15 @@ def test_pages_are_the_same_every_time_and_of_the_announced_size(task):
         assert pages.messages(index) == again.messages(index)
         other = DigitPages({"task": task, "seed": 1})
         assert other.images(index)[0].shape != image.shape or (other.images(index)[0] != image).any()
+
+
+@pytest.mark.parametrize(
+    ("task", "checksum"), [("cell", 3066225763), ("same", 261898241), ("view", 1387163202), ("page", 2100916043)]
+)
+def test_pages_are_those_of_every_published_figure(task, checksum):
+    pages = DigitPages({"task": task})
+    cells = np.concatenate([pages._page(index).cells.reshape(-1) for index in range(20)])
+    assert zlib.crc32(cells.astype("<i8").tobytes()) == checksum
 
 
 def test_the_answer_mirrors_the_visual_block():

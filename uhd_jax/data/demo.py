@@ -82,6 +82,7 @@ class DigitPages:
 
     def __init__(self, options: DigitPagesOptions | Mapping[str, Any] | None = None):
         self.options = from_config_dict(options or {}, DigitPagesOptions, "data.options")
+        self._last: tuple[int, _Page] | None = None  # messages and sizes of a page are asked for one after the other
 
     def __len__(self) -> int:
         return self.options.samples
@@ -116,19 +117,29 @@ class DigitPages:
         return np.random.default_rng((self.options.seed, self.options.split == "train", index, purpose))
 
     def _page(self, index: int) -> _Page:
+        last = self._last
+        if not last or last[0] != index:
+            last = self._last = index, self._draw(index)
+        return last[1]
+
+    def _draw(self, index: int) -> _Page:
         options, rng = self.options, self._rng(index, 0)
         images, labels = split_digits(options.split), _digits()[1]
+
+        def choose(among: np.ndarray, *shape: int) -> np.ndarray:
+            return among[rng.integers(len(among), size=shape)]
+
         if options.task == "cell":
-            cells = rng.choice(images, (1, 1))
+            cells = choose(images, 1, 1)
             return _Page(cells, ((TRANSCRIBE, str(labels[cells.item()])),))
         if options.task == "same":
-            digit = labels[rng.choice(images)]
-            return _Page(rng.choice(images[labels[images] == digit], (2, 2)), ((TRANSCRIBE, str(digit)),))
+            digit = labels[choose(images).item()]
+            return _Page(choose(images[labels[images] == digit], 2, 2), ((TRANSCRIBE, str(digit)),))
         if options.task == "view":
             grid = Grid(1, 1)
         else:
             grid = Grid(*options.shapes[rng.integers(len(options.shapes))])
-        cells = rng.choice(images, (2 * grid.rows, 2 * grid.cols))
+        cells = choose(images, 2 * grid.rows, 2 * grid.cols)
         digits = labels[cells]
         asks = options.task == "questions" or (options.task == "mixed" and rng.random() < options.questions_fraction)
         if asks:
@@ -136,9 +147,11 @@ class DigitPages:
         return _Page(cells, ((TRANSCRIBE, transcription(digits, options.layout)),))
 
 
+@functools.cache
 def split_digits(split: Literal["train", "held_out"]) -> np.ndarray:
-    """Indices of the digit images of a split: int64[1400] or int64[397]; the two never share an image."""
+    """Indices of the digit images of a split: int64[1400] or int64[397], read-only; the two never share an image."""
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(_digits()[1]))
+    order.setflags(write=False)
     return order[:TRAINING_DIGITS] if split == "train" else order[TRAINING_DIGITS:]
 
 
