@@ -16,8 +16,8 @@ import tiny
 from command_line import assert_one_line, call
 
 import uhd_jax
-from uhd_jax.config import TowerConfig
-from uhd_jax.evaluation import runner, tasks
+from uhd_jax.config import SlicingConfig, TowerConfig
+from uhd_jax.evaluation import digit_pages, runner, tasks
 from uhd_jax.evaluation.page import page
 from uhd_jax.evaluation.presets import Settings
 from uhd_jax.evaluation.samples import Sample
@@ -171,6 +171,38 @@ def test_what_cannot_be_asked(evaluate, arguments, status, parts):
     found, _, err, _ = evaluate(*arguments)
     assert found == status
     assert_one_line(err, *parts)
+
+
+def test_digit_pages_go_the_same_way(tmp_path, capsys, monkeypatch):
+    """A model that reads digits only where it sees slices."""
+    monkeypatch.setattr(digit_pages, "PAGES", 3)
+    known = {}
+    for kind in ("transcription", "question"):
+        source = digit_pages.DigitPagesTask("v4")._sources[kind]
+        known |= {
+            (source.messages(page)[0].parts[-1], source.images(page)[0].tobytes()): source.messages(page)[1].parts[0]
+            for page in range(3)
+        }
+
+    class Reading(Answering):
+        config = dataclasses.replace(tiny.MODEL, tower=TowerConfig(), slicing=SlicingConfig(scale_resolution=112))
+
+        def generate(self, prompts, **options):
+            asked = [(turn["content"][-1]["text"], turn["content"][0]["image"].tobytes()) for [turn] in prompts]
+            return [known[key] if options["max_slices"] is None else "?" for key in asked]
+
+    monkeypatch.setitem(vars(uhd_jax), "load", lambda directory: Reading())
+    status, out, err = call(
+        capsys, "evaluate", "--checkpoint=m", "--task=digit_pages", f"--out={tmp_path}/evaluation.json", "--json"
+    )
+    assert status == 0, err
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (result["accuracy_with_slices"], result["accuracy_thumbnail_only"]) == (1.0, 0.0)
+    assert (result["questions_with_slices"], result["questions_thumbnail_only"]) == (1.0, 0.0)
+    assert result["pages"] == 3 and len(result["answers"]) == 6 and (tmp_path / "page.png").exists()
+    assert set(result["answers"][0]) == {"kind", "question", "expected", "with_slices", "thumbnail_only"}
+    assert json.loads(out).items() <= result.items()
+    assert len(read(tmp_path / "evaluation.jsonl")[1]) == 12
 
 
 def test_digit_pages_has_no_files(capsys):

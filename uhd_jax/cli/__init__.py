@@ -28,6 +28,7 @@ COMMANDS = {
     "serve": "answer over HTTP, for OpenAI's clients; a page to try it",
     "convert": "read and write checkpoints of PyTorch and transformers",
     "slices": "show how an image is cut: as a table, as JSON, as a picture",
+    "look": "draw where a model looks when it answers about an image",
     "data": "look at data, plan buckets for it, pack it into shards",
     "evaluate": "score a trained model on a task",
     "report": "gather a run's results and draw its losses",

@@ -3,6 +3,7 @@
   uhd-jax data index --config=FILE.py                  sizes and lengths of all samples, from headers and texts alone
   uhd-jax data stats --config=FILE.py --out=data.png   lengths, views, what each stage drops and why, padding
   uhd-jax data plan --config=FILE.py                   buckets: the shapes to compile, and what they waste
+  uhd-jax data rows --config=FILE.py --out=rows.png    which samples share a row, and what of it stays empty
   uhd-jax data show 17 --config=FILE.py --out=17.png   one sample as the model will see it
   uhd-jax data pack DST --source=records --option path=train.jsonl      any source to ArrayRecord shards
 
@@ -57,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     index = add("index", "read sizes and lengths of all samples, from headers and texts alone")
     stats = add("stats", "lengths, views, what each stage drops and why, padding by list of buckets")
     plan = add("plan", "choose buckets: the static shapes, each one compiled program")
-    for one in (index, stats, plan):
+    rows = add("rows", "draw packed rows: which samples share one, and what of it stays empty")
+    rows.add_argument("--rows", type=positive, default=24, metavar="N", help="drawn (default: %(default)s)")
+    rows.add_argument("--out", type=file_to_write, required=True, metavar="F.png", help="the picture")
+    for one in (index, stats, plan, rows):
         one.add_argument(
             "--index", type=file_to_write, metavar="F.npz", help="where the index is kept (default: beside the data)"
         )
@@ -84,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pack.add_argument(
         "--shard-samples", type=positive, default=1024, metavar="N", help="samples per shard (default: %(default)s)"
     )
-    for one in (index, stats, plan, pack):
+    for one in (index, stats, plan, rows, pack):
         one.add_argument("--workers", type=positive, metavar="N", help="processes (default: one per core)")
 
 
@@ -94,7 +98,7 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
         raise UsageError("--option is for --source")
     if config is None and (arguments.command != "pack" or not arguments.source):
         raise UsageError("--config=FILE.py is needed" + (", or --source" if arguments.command == "pack" else ""))
-    commands = {"index": _index, "stats": _stats, "plan": _plan, "show": _show, "pack": _pack}
+    commands = {"index": _index, "stats": _stats, "plan": _plan, "rows": _rows, "show": _show, "pack": _pack}
     commands[arguments.command](arguments, config)
 
 
@@ -249,6 +253,27 @@ def _wasted(one: dict[str, Any]) -> tuple[float, ...]:
         math.inf if work is None else work,
         len(one["buckets"]),
     )
+
+
+def _rows(arguments: argparse.Namespace, config: RunConfig) -> None:
+    from uhd_jax.analysis import rows_plot
+
+    stage = _one(_stages(arguments, config), "rows")
+    [data] = _stage_data(arguments, config)
+    rows, total = rows_plot.rows_of(data, data.fit(), arguments.rows, config.train.packing_window)
+    if not rows:
+        raise UsageError(f"stage {stage.name}: no sample is trained on; uhd-jax data stats says why")
+    figure = rows_plot.draw(rows, total, f"{config.name}, stage {stage.name}")
+    with whole_file(arguments.out) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+    if arguments.json:
+        print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows], "of": total}))
+        return
+    for row in rows:
+        filled = (
+            f"{sum(row.tokens):>6,} of {row.bucket.tokens:,} tokens, {sum(row.views):>3} of {row.bucket.slots} views"
+        )
+        print(f"{filled}: samples {', '.join(map(str, row.samples))}"[:160])
 
 
 def _show(arguments: argparse.Namespace, config: RunConfig) -> None:
