@@ -95,7 +95,7 @@ def draw(rows: Sequence[PackedRow], total: int, title: str) -> plt.Figure:
     for panel, width, name in ((left, longest, "tokens"), (right, slots, "view slots")):
         filled = sum(sum(getattr(row, {"tokens": "tokens", "view slots": "views"}[name])) for row in rows)
         room = sum(row.bucket.tokens if name == "tokens" else row.bucket.slots for row in rows)
-        panel.set_title(f"{name}: {100 * filled / max(1, room):.1f} % of these rows filled", fontsize=10, loc="left")
+        panel.set_title(f"{name}: {100 * filled / max(1, room):.1f} % filled", fontsize=10, loc="left")
         panel.set_xlim(0, max(1, width))
         panel.set_xlabel(name)
         panel.spines[["top", "right", "left"]].set_visible(False)
