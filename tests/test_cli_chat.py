@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import re
@@ -15,6 +16,7 @@ from PIL import Image
 from tiny_assistant import SMALL, WIDE, make_assistant
 
 from uhd_jax.checkpoint import save_model
+from uhd_jax.cli import serve
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -121,12 +123,22 @@ def test_a_server_ends_what_it_began(folder, model):
     assert "Traceback" not in process.stderr.read()
 
 
+def test_a_server_over_a_mesh():
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    arguments = parser.parse_args(["--checkpoint=x", "--mesh=data=4,tensor=2", "--rows=3", "--max-length=256"])
+    engine = serve._engine(make_assistant(), arguments)
+    assert engine.shapes.rows == engine.shapes.prefill_rows == 4
+    assert len(engine._runner._state.cache["key"].sharding.device_set) == 8
+
+
 def test_impossible_servers(capsys, folder, tmp_path):
     (tmp_path / "key").write_text("\n")
     checkpoint = f"--checkpoint={folder / 'model'}"
     for option, part in (
         ("--port=70000", "is not a port"),
         ("--modes=3x", "is not a list of 16x, 4x"),
+        ("--mesh=4", "is not sizes of data, fsdp and tensor"),
         ("--allow-host=https://x.example", "is not a host's name"),
         ("--rows=0", "is not a whole number from 1"),
         (f"--api-key-file={tmp_path / 'key'}", "is empty"),

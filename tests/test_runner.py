@@ -239,6 +239,8 @@ def test_shapes_for_serving():
     shapes = serving_shapes(CONFIG, 8, 1000)
     assert shapes.lengths == (128, 256, 512, 1000) and shapes.length == 1000
     assert fit(129, shapes.lengths) == 256
+    spread = serving_shapes(CONFIG, 9, 1000, shards=4)
+    assert (spread.rows, spread.prefill_rows, spread.views) == (12, 4, (4, 16))
     usual, largest = patch_rooms(CONFIG)
     assert 64 < usual <= 128 and largest == CONFIG.slicing.max_view_patches
     with pytest.raises(ValueError, match="1001 is above the largest size, 1000"):

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from uhd_jax.cli.common import UsageError, number, positive
-from uhd_jax.config import MODES, RunConfig
+from uhd_jax.config import MODES, MeshConfig, RunConfig
 
 CONFIG = "none"
 KEY_VARIABLE = "UHD_JAX_API_KEY"
@@ -45,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shapes.add_argument(
         "--cache-mib", type=positive, default=256, metavar="N", help="of visual tokens to keep (%(default)s)"
+    )
+
+    shapes.add_argument(
+        "--mesh", type=_mesh, metavar="AXIS=N,..", help="devices to spread over, as data=2,tensor=4 (default: one)"
     )
 
     limits = parser.add_argument_group("limits")
@@ -86,21 +90,13 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
     except ModuleNotFoundError as error:
         raise UsageError(f"needs the package {error.name}: pip install 'uhd-jax[serve]'") from None
     import uhd_jax
-    from uhd_jax.generation.engine import Engine
-    from uhd_jax.generation.shapes import serving_shapes
 
     key = _key(arguments.api_key_file)
     local = arguments.host in ("127.0.0.1", "::1", "localhost")
     if not local and not key:
         print(f"warning: anybody who reaches {arguments.host} may ask; set {KEY_VARIABLE}", file=sys.stderr)
     assistant = uhd_jax.load(arguments.checkpoint, max_length=arguments.max_length)
-    engine = Engine(
-        assistant,
-        serving_shapes(assistant.config, arguments.rows, arguments.max_length),
-        max_waiting=arguments.max_waiting,
-        modes=arguments.modes,
-        cache_bytes=arguments.cache_mib * 2**20,
-    )
+    engine = _engine(assistant, arguments)
     settings = Settings(
         name=arguments.name or Path(arguments.checkpoint).resolve().name,
         api_key=key,
@@ -118,6 +114,30 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
     print(f"compiling for {engine.shapes}", file=sys.stderr, flush=True)
     engine.start()
     run(Server(engine, settings), arguments.host, arguments.port, _ready(settings.name, arguments.demo))
+
+
+def _engine(assistant, arguments: argparse.Namespace):
+    import jax
+
+    from uhd_jax.generation.engine import Engine
+    from uhd_jax.generation.shapes import serving_shapes
+    from uhd_jax.sharding.mesh import make_mesh
+    from uhd_jax.sharding.rules import param_shardings
+
+    mesh, params, shards = None, assistant.params, 1
+    if arguments.mesh is not None:
+        mesh = make_mesh(arguments.mesh)
+        params = assistant.params = jax.device_put(params, param_shardings(params, mesh))
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return Engine(
+        assistant,
+        serving_shapes(assistant.config, arguments.rows, arguments.max_length, shards),
+        max_waiting=arguments.max_waiting,
+        modes=arguments.modes,
+        cache_bytes=arguments.cache_mib * 2**20,
+        params=params,
+        mesh=mesh,
+    )
 
 
 def _ready(name: str, demo: bool):
@@ -141,6 +161,13 @@ def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65_535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
     return int(text)
+
+
+def _mesh(text: str) -> MeshConfig:
+    sizes = dict(part.partition("=")[::2] for part in text.split(","))
+    if not set(sizes) <= {"data", "fsdp", "tensor"} or not all(size.isdecimal() for size in sizes.values()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not sizes of data, fsdp and tensor, as in data=2,tensor=4")
+    return MeshConfig(**{"data": 1, "fsdp": 1, "tensor": 1} | {axis: int(size) for axis, size in sizes.items()})
 
 
 def _modes(text: str) -> tuple[str, ...]:

@@ -73,16 +73,18 @@ def shapes_for(rows: int, prompts: Sequence[int], max_new_tokens: int, views: in
     )
 
 
-def serving_shapes(config: ModelConfig, rows: int, length: int) -> Shapes:
+def serving_shapes(config: ModelConfig, rows: int, length: int, shards: int = 1) -> Shapes:
     """Shapes for prompts that are not known yet.
 
     Lengths are powers of two from 128 up to `length`; views are read one or four at a time, in a room for those of
-    usual images or in one for the largest that the model takes.
+    usual images or in one for the largest that the model takes. Where rows lie on several devices, `shards`, numbers of
+    rows, prompts and views are multiples of it.
     """
     lengths = [length]
     while lengths[0] > 128:
         lengths.insert(0, 2 ** math.ceil(math.log2(lengths[0]) - 1))
-    return Shapes(rows, 1, tuple(lengths), (1, 4), patch_rooms(config))
+    rows = -(-rows // shards) * shards
+    return Shapes(rows, shards, tuple(lengths), (shards, 4 * shards), patch_rooms(config))
 
 
 def patch_rooms(config: ModelConfig) -> tuple[int, ...]:
