@@ -27,6 +27,11 @@ from uhd_jax.training.step import make_train_step
 
 VISUAL_SHARE = 0.8  # of a packed row's tokens that are visual, for the number of view slots where no data says it
 _PATCH_MULTIPLE = 64
+# Without a device no tiles can be tried out for products in Triton, and of the untried ones some do not compile.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "tpu": {},
+    "cuda": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0},
+}
 _SIDES = (160, 224, 336, 448, 640, 900, 1344, 2000, 3000)  # of images tried for the largest view
 
 
@@ -115,7 +120,7 @@ def compile_step(config: RunConfig, stage: StageConfig, target: Target) -> Compi
     started = time.monotonic()
     attention = model.attention if model.attention != "auto" else "splash"
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=OPTIONS[target.chip.platform])
     except jax.errors.JaxRuntimeError as error:
         needed = needed_bytes(str(error))
         if needed is None:
