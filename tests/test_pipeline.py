@@ -156,22 +156,6 @@ def test_resume_at_any_batch_gives_the_same_batches_bit_for_bit(prefetch):
     reference.close()
 
 
-def test_worker_processes_change_nothing_and_states_are_exchangeable():
-    options = {"packed_length": 256, "rows": 4}
-    threads = iterator(DigitPages(), train={"packing_window": 16}, **options)
-    workers = iterator(DigitPages(), train={"packing_window": 16, "data_workers": 2}, **options)
-    for _ in range(5):
-        (batch, info), (again, its_info) = next(threads), next(workers)
-        assert equal(batch, again) and info == its_info
-        assert threads.get_state() == workers.get_state()
-    state = workers.get_state()
-    expected = next(workers)[0]
-    workers.close()
-    threads.set_state(state)
-    assert equal(next(threads)[0], expected)
-    threads.close()
-
-
 def test_hosts_share_the_rows_and_choose_the_same_bucket():
     whole = iterator(Numbered())
     hosts = [iterator(Numbered(), process=(i, 2)) for i in range(2)]

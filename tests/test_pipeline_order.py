@@ -74,6 +74,7 @@ def check(reference, hosts, workers, start, stop):
             whole = np.concatenate([getattr(part, field.name) for part, _ in parts])
             np.testing.assert_array_equal(whole, getattr(batch, field.name))
         assert all(its.counters == info.counters and its.epoch == info.epoch for _, its in parts)
+        assert hosts > 1 or parts[0][1] == info
         assert all(one.get_state() == states[number + 1] for one in iterators)
     for one in iterators:
         one.close()
