@@ -114,7 +114,7 @@ def bodies(draw) -> bytes:
     if draw(st.integers(0, 9)) == 0:
         body[draw(st.text(max_size=10))] = draw(values)
     if draw(st.integers(0, 9)) == 0:
-        body.pop(draw(st.sampled_from(sorted(body))))
+        body.pop(draw(st.sampled_from(sorted(set(body) - {"max_tokens"}))))  # without it answers would be long
     whole = draw(values) if draw(st.integers(0, 19)) == 0 else body
     content = json.dumps(whole).encode()
     if draw(st.integers(0, 9)) == 0:

@@ -47,7 +47,7 @@ class Running:
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, **connection: Any
     ) -> tuple[int, Any]:
         """Status and body, read as JSON where it is; a body that is no bytes is sent as JSON."""
-        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
         given = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"} | (headers or {})
