@@ -126,6 +126,20 @@ def test_answers_under_other_settings_are_not_mixed(evaluate, tmp_path, data):
     assert (tmp_path / "scores.jsonl").read_text() == kept
 
 
+def test_a_model_that_was_trained_on_is_another(tmp_path):
+    run = tmp_path / "run"
+    first = files.write(run / "checkpoints/9/params/d/a", b"1")
+    files.write(run / "evaluation.json", "{}")
+    before = runner.weights_stamp(run)
+    files.write(run / "evaluation.json", '{"new": 1}')
+    assert runner.weights_stamp(run) == before != ""
+    files.write(run / "checkpoints/10/params/d/a", b"2")
+    after = runner.weights_stamp(run)
+    first.write_bytes(b"3")  # of an older step
+    assert runner.weights_stamp(run) == after != before
+    assert runner.weights_stamp(files.write(tmp_path / "hf/model.safetensors", b"1").parent) not in ("", before)
+
+
 def test_shards_together_are_the_whole(evaluate, tmp_path):
     evaluate(out="whole.json")
     for number in (3, 1, 2):

@@ -127,7 +127,8 @@ def _run(arguments: argparse.Namespace, model: Any) -> Run:
 
     names = ("prompts", "max_slices", "long_side", "upsize", "beams", "temperature", "max_new_tokens", "mode")
     replaced = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    marks: dict[str, Any] = {"model": os.path.basename(os.path.abspath(arguments.checkpoint))}
+    name, weights = os.path.basename(os.path.abspath(arguments.checkpoint)), runner.weights_stamp(arguments.checkpoint)
+    marks: dict[str, Any] = {"model": name, "weights": weights}
     if arguments.task == "digit_pages":
         import dataclasses
 

@@ -310,6 +310,15 @@ def alone(run: Run) -> Iterator[None]:
         yield
 
 
+def weights_stamp(folder: str | os.PathLike) -> str:
+    """What tells one state of a model from another: the fingerprint of its newest checkpoint's or its own weights."""
+    folder = Path(folder)
+    steps = [path for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()]
+    newest = [max(steps, key=lambda path: int(path.name)) / "params"] if steps else [folder / "params"]
+    stored = [path for path in newest if path.exists()] or sorted(folder.glob("*.safetensors"))
+    return fingerprint(stored) if stored else ""
+
+
 def fingerprint(paths: Sequence[str | os.PathLike]) -> str:
     """Of files: their names, sizes and first and last mebibyte."""
     digest = hashlib.sha256()
