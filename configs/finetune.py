@@ -8,9 +8,9 @@ or a folder in any format of docs/data.md; then options, joined by commas:
 
   images=DIR        where the paths of images begin (default: the folder of the data)
   train=PARTS       what is trained: all (default), language (connector and decoder), connector, or parts joined by "+"
-  steps=N           default 500; `uhd-jax data stats` says how many rows the data fills
+  steps=N           default 500
   rows=N            packed rows of one step over all devices (default 8), a multiple of their number
-  length=N          tokens of a row (default 4900, as in the recipe); a longer sample is trained with fewer slices
+  length=N          tokens of a row (default 4900, as in the recipe); a longer sample loses slices or its oldest turns
   rate=X            learning rate (default 1e-5); it falls to a tenth
 
 Sizes, slicing, prompt form and tokenizer are the model's own. For a model of 1.3 billion parameters and one host of
