@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 
+from uhd_jax.cli.configs import load_file
 from uhd_jax.config import ChatConfig, ConfigError, DataConfig, SlicingConfig
 from uhd_jax.data import demo
 from uhd_jax.data.chat import encode_chat
@@ -13,7 +14,7 @@ from uhd_jax.data.demo import DigitPages, digit_accuracy, split_digits, transcri
 from uhd_jax.data.sources import make_source
 from uhd_jax.data.tokenizer import byte_tokenizer
 from uhd_jax.slicing.pixels import view_pixels
-from uhd_jax.slicing.plan import Grid, Size, make_plan
+from uhd_jax.slicing.plan import Grid, Size, make_plan, plan_image
 
 SLICING = SlicingConfig(scale_resolution=112)
 DEFAULT_SHAPES = DigitPages().options.shapes
@@ -164,6 +165,20 @@ def test_a_cell_page_holds_one_digit_at_many_places():
     assert np.ptp(centres, axis=0).min() > 10
 
 
+@pytest.mark.parametrize(("spread", "apart"), [((0.0, 0.0), (0, 1)), ((1.0, 1.0), (4, 8)), ((0.0, 1.0), (1.5, 6))])
+def test_spread_moves_digits_out_of_the_middles_of_their_cells(spread, apart):
+    pages = DigitPages({"task": "cell", "split": "held_out", "spread": spread})
+    whole = DigitPages({"task": "cell", "split": "held_out", "spread": [0, 0]})
+    shifts = []
+    for index in range(40):
+        ink, middle = (p.images(index)[0][..., 0].astype(float) for p in (pages, whole))
+        ink, middle = (np.maximum(np.median(page) - 25 - page, 0) for page in (ink, middle))
+        assert pages.messages(index) == whole.messages(index)
+        shifts += [((ink.sum(a) / ink.sum() - middle.sum(a) / middle.sum()) * np.arange(56)).sum() for a in (0, 1)]
+    low, high = apart
+    assert low <= np.std(shifts) <= high
+
+
 def test_rendered_digits_look_like_their_originals():
     """Held-out pages are not augmented: a crop of the ink, shrunk to 8 x 8, correlates with the digit image."""
     images = demo._digits()[0]
@@ -211,11 +226,30 @@ def test_digit_accuracy_counts_by_position(answer, expected, score):
         ({"shapes": []}, "data.options.shapes"),
         ({"samples": 0}, "data.options.samples"),
         ({"questions_fraction": 2.0}, "data.options.questions_fraction"),
+        ({"spread": [0.5, 0.2]}, "data.options.spread"),
+        ({"spread": [0.5]}, "data.options.spread"),
     ],
 )
 def test_bad_options_are_named(options, complaint):
     with pytest.raises(ConfigError, match=complaint):
         make_source(DataConfig("digit_pages", options))
+
+
+@pytest.mark.parametrize("options", ["v2", "v2,layout=A", "v2,pyramid=none", "v2,pyramid=bilinear"])
+def test_the_demo_of_v2_reads_a_cell_per_token(options):
+    config = load_file(f"configs/demo.py:{options}")
+    stages, model = config.train.stages, config.model
+    layout = "A" if options == "v2,layout=A" else "B"
+    pages = ["squares", "wider", "taller", "pages"]
+    vdim = ["vdim"] if options in ("v2", "v2,layout=A") else []
+    assert [stage.name for stage in stages] == [*vdim, "views", *pages]
+    assert all("upsampler" not in stage.trainable for stage in stages[-5:])
+    for stage in stages:
+        assert stage.data.options["layout"] == model.chat.layout == layout
+        plan = plan_image(make_source(stage.data).sizes(0)[0], model, max_slices=stage.max_slices)
+        for view in plan.slices or plan.views:
+            assert view.patch_grid == Grid(2, 2) and view.visual_tokens == 4
+            assert view.size == (2 * demo.CELL, 2 * demo.CELL)
 
 
 def test_a_page_of_24_digits_takes_milliseconds():

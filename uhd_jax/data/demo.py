@@ -52,6 +52,7 @@ class DigitPagesOptions:
     )  # (rows, cols) of slices, evenly drawn
     samples: int = 100_000
     seed: int = 0
+    spread: tuple[float, ...] = (1.0, 1.0)  # a page's is drawn from between these; less is easier to read (`_render`)
     layout: Literal["v4", "A", "B"] = "v4"  # of the visual block, which transcriptions mirror (`ChatConfig.layout`)
     questions_per_page: int = 1
     questions_fraction: float = 0.5  # of the samples of task "mixed"; the others transcribe
@@ -63,6 +64,8 @@ class DigitPagesOptions:
             raise ConfigError("samples, questions_per_page: must be at least 1")
         if not 0 <= self.questions_fraction <= 1:
             raise ConfigError(f"questions_fraction: {self.questions_fraction} is not between 0 and 1")
+        if len(self.spread) != 2 or not 0 <= self.spread[0] <= self.spread[1] <= 1:
+            raise ConfigError(f"spread: {self.spread} must be two numbers from 0 to 1, the smaller one first")
 
 
 class _Page(NamedTuple):
@@ -102,8 +105,9 @@ class DigitPages:
 
     def images(self, index: int) -> list[np.ndarray]:
         """The rendered page: uint8[rows * 56, cols * 56, 3]."""
-        rng = self._rng(index, 1)
-        return [_render(self._page(index).cells, rng, augment=self.options.split == "train")]
+        rng, (least, most) = self._rng(index, 1), self.options.spread
+        spread = rng.uniform(least, most) if least < most else most
+        return [_render(self._page(index).cells, rng, augment=self.options.split == "train", spread=spread)]
 
     def files(self, index: int) -> list[bytes]:
         """The page as a PNG file."""
@@ -238,13 +242,19 @@ def _cubic_weights(side: int) -> np.ndarray:
     return np.where(distance < 1, near, np.where(distance < 2, far, 0)).astype(np.float32)
 
 
-def _render(cells: np.ndarray, rng: np.random.Generator, augment: bool) -> np.ndarray:
-    """Draws a page: uint8[rows * 56, cols * 56, 3]. Every cell is sampled from its glyph through an affine map."""
+def _render(cells: np.ndarray, rng: np.random.Generator, augment: bool, spread: float = 1.0) -> np.ndarray:
+    """Draws a page: uint8[rows * 56, cols * 56, 3]. Every cell is sampled from its glyph through an affine map.
+
+    With `spread` 1 digits have any size and stand anywhere in their cells; with less they differ less in both and are
+    distorted less, until with 0 all are of middle size in the middles of their cells.
+    """
     rows, cols = cells.shape
     count = cells.size
-    side = rng.uniform(*DIGIT_SIDES, count)
-    centre = side / 2 + rng.uniform(0, 1, (2, count)) * (CELL - side)
-    bound = 1.0 if augment else 0.0
+    side, place = rng.uniform(*DIGIT_SIDES, count), rng.uniform(0, 1, (2, count))
+    side += (1 - spread) * (sum(DIGIT_SIDES) / 2 - side)
+    place += (1 - spread) * (0.5 - place)
+    centre = side / 2 + place * (CELL - side)
+    bound = spread if augment else 0.0
     angle, shear, stretch = rng.uniform(-bound, bound, (3, count)) * np.array([[_ROTATION], [_SHEAR], [_STRETCH]])
     zoom = _GLYPH / side
     (y, x) = (np.arange(CELL) + 0.5 - centre[:, :, None]).astype(np.float32)  # float32[count, 56] each
