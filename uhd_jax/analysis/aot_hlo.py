@@ -146,9 +146,10 @@ def _collective(step: _Step, devices: int, per_group: int) -> Collective | None:
     size = sum(map(_size, _SHAPE.finditer(text[: found.start()])))
     groups = _groups(step.line, devices)
     group = max(map(len, groups))
-    if kind == "all-gather" and started:
-        size *= group / (group + 1)  # the result names what goes in beside what comes out
-    elif kind == "collective-permute" and started:
+    # The result of one that is started names what goes in beside what comes out, but for all-reduce.
+    if kind in ("all-gather", "reduce-scatter") and started:
+        size *= group / (group + 1)
+    elif kind != "all-reduce" and started:
         size /= 2
     elif kind == "reduce-scatter":
         size *= group
