@@ -47,7 +47,8 @@ def draw(looked: Looked, title: str) -> plt.Figure:
         for column, view in enumerate(views):
             panel = figure.add_subplot(grid[row, column])
             _heat(panel, looked, maps, view)
-            panel.set_title(f"{name}\n{view}" if column == 0 else f"\n{view}", fontsize=9, loc="left")
+            shown = view if plan.slices else "the only view"
+            panel.set_title(f"{name}\n{shown}" if column == 0 else f"\n{shown}", fontsize=9, loc="left")
     for number, (text, maps) in enumerate(tokens):
         panel = figure.add_subplot(grid[len(named) + number // columns, number % columns])
         _heat(panel, looked, maps, views[-1], bar=False)
