@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from uhd_jax.config import MeshConfig
+from uhd_jax.models.decoder import DeltaLayer
 from uhd_jax.ops.gated_delta import (
     causal_convolution,
     chunked_delta,
@@ -16,6 +19,8 @@ from uhd_jax.ops.gated_delta import (
     convolution_tail,
     recurrent_delta,
 )
+from uhd_jax.sharding.activations import over_tokens
+from uhd_jax.sharding.mesh import make_mesh
 
 HEADS, GROUPS, KEY, VALUE, CHANNELS, WIDTH = 2, 2, 6, 5, 7, 4
 chunked = jax.jit(chunked_delta, static_argnames="chunk")
@@ -175,3 +180,22 @@ def test_convolution_token_by_token():
         out, tail = convolution_step(x[:, t : t + 1], kernel, tail)
         np.testing.assert_allclose(out, expected[:, t : t + 1], atol=1e-6, rtol=0)
     assert tail.dtype == x.dtype
+
+
+def test_a_layer_on_split_tokens_and_heads_gives_what_it_gives_on_one_device():
+    """Two samples and padding in a row, longer than a chunk; every gradient."""
+    layer, random = DeltaLayer(tiny.HYBRID.decoder, jnp.float32), np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(8, 82, 32)), jnp.float32)
+    segments = jnp.asarray([[1] * 15 + [2] * 64 + [0] * 3] * 8)
+    weights = jnp.asarray(random.normal(size=x.shape), jnp.float32) * (segments > 0)[..., None]
+    params = tiny.random_params(jax.eval_shape(lambda: layer.init(jax.random.key(0), x[:1], segments[:1])))
+
+    def loss(params, x):
+        out, _ = layer.apply(params, over_tokens(x), segments)
+        return jnp.sum(over_tokens(out) * weights)
+
+    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, sequence=2, tensor=4))):
+        ours = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())

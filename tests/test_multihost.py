@@ -228,11 +228,9 @@ def alone(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize(
-    ("processes", "devices", "mesh"), [(2, 2, ("dcn_data=2", "data=1")), (4, 1, ("data=1", "sequence=2"))]
-)
+@pytest.mark.parametrize(("processes", "devices", "mesh"), [(2, 2, ("dcn_data=2", "data=1")), (4, 1, ("data=2",))])
 def test_as_many_processes_as_you_like_have_the_losses_of_one(together, tmp_path, alone, processes, devices, mesh):
-    """Also on other meshes than that one's: each process a copy of the parameters; two processes for the same rows."""
+    """Also where each process has a copy of the parameters, over the slow network."""
     workdir = tmp_path / "run"
     config = write(tmp_path / "config.py", TWO_STAGES)
     argv = [f"--config.train.mesh.{size}" for size in mesh]
@@ -256,7 +254,7 @@ def test_as_many_processes_as_you_like_have_the_losses_of_one(together, tmp_path
     buckets = [[bucket for bucket, _ in of_process] for of_process in met]
     assert all(of_process == buckets[0] for of_process in buckets), buckets
     assert len(buckets[0]) >= 8 and len(set(buckets[0])) == 3
-    assert len({tuple(count for _, count in of_process) for of_process in met}) == 2
+    assert len({tuple(count for _, count in of_process) for of_process in met}) > 1
 
 
 @pytest.mark.parametrize("of", [(1,), (0, 1)])
