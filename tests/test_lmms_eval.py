@@ -108,6 +108,6 @@ def test_a_local_task_gives_the_same_answers_without_a_network(tmp_path):
     [samples] = (tmp_path / "out").rglob("*samples_local_pages.jsonl")
     found = [json.loads(line) for line in samples.read_text().splitlines()]
     found.sort(key=lambda line: line["doc_id"])
-    assert [line["filtered_resps"][0] for line in found] == expected
+    assert [line["filtered_resps"] for line in found] == expected
     [results] = (tmp_path / "out").rglob("*results.json")
     assert json.loads(results.read_text())["results"]["local_pages"]["exact_match,none"] == pytest.approx(2 / 3)
