@@ -39,7 +39,7 @@ def engine(model):
 
 @pytest.fixture(scope="module")
 def server(engine):
-    with running(engine, max_new_tokens=200, max_images=3, max_views=12, max_pixels=100_000) as server:
+    with running(engine, max_new_tokens=200, max_images=3, max_views=12, max_pixels=200_000) as server:
         yield server
 
 
@@ -212,7 +212,7 @@ REFUSED = {
     "bad base64": ({"messages": shown("data:image/png;base64,$$$$")}, 400, "not base64"),
     "no image": ({"messages": shown("data:image/png;base64,AAAA")}, 400, "image_url: not a readable"),
     "half an image": ({"messages": shown(PNG[: len(PNG) // 2 // 4 * 4])}, 400, "messages[0].content[0].image_url"),
-    "a large image": ({"messages": question("?", np.zeros((400, 400, 3), np.uint8))}, 400, "pixels"),
+    "a large image": ({"messages": question("?", np.zeros((500, 500, 3), np.uint8))}, 400, "pixels"),
     "many images": ({"messages": question("?", *[SMALL] * 4)}, 400, "4 images in a request, but at most 3"),
     "many views": ({"messages": question("?", *[np.tile(SMALL, (6, 6, 1))] * 2)}, 400, "lower max_slices"),
 }  # fmt: skip
