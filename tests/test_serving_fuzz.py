@@ -23,7 +23,7 @@ def test_malformed_requests():
     with running(engine, max_new_tokens=8, default_new_tokens=2) as server:
         before = server.chat()
         statuses = send_malformed(server, 150)
-        assert sum(statuses.values()) >= 150 and statuses[200] > 10 and statuses[400] > 50
+        assert sum(statuses.values()) >= 150 and statuses[400] > 50
         assert server.chat()[1]["choices"] == before[1]["choices"]
         assert server.send("GET", "/health") == (200, {"status": "ok"})
     engine.close()
