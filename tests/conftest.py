@@ -22,6 +22,8 @@ if "XLA_FLAGS" not in os.environ:
     xla_flags = ["--xla_backend_optimization_level=1", "--xla_llvm_disable_expensive_passes=true"]
     if jax.__version_info__ < (0, 11):  # later versions refuse this flag
         xla_flags.append("--xla_cpu_use_fusion_emitters=false")
+        # Eight devices on two busy cores wait for each other for long, which XLA takes for a deadlock after 40 seconds.
+        xla_flags.append("--xla_cpu_collective_call_terminate_timeout_seconds=300")
     os.environ["XLA_FLAGS"] = " ".join(xla_flags)
 
 jax.config.update("jax_num_cpu_devices", 8)
