@@ -143,6 +143,12 @@ def test_an_unknown_model(checkpoint, capsys):
     assert_one_line(err, "model_type 'gpt2'", "known families: minicpm_v_4_6, llava_uhd_v1")
 
 
+def test_a_checkpoint_where_a_model_should_be(checkpoint, tmp_path, capsys):
+    status, _, err = call(capsys, "convert", "export", checkpoint, str(tmp_path / "out"))
+    assert status == 1
+    assert_one_line(err, "holds no model", "uhd-jax convert import makes a model of it")
+
+
 def test_combine_is_called_with_what_was_asked(config_file, tmp_path, capsys, monkeypatch):
     calls = []
 

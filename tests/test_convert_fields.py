@@ -55,6 +55,8 @@ WRONG = [
     (LLAMA | {"model_type": ["llama"]}, r"model_type: \['llama'\] is not a string"),
     (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide num_attention_heads 4"),
     (LLAMA | {"max_position_embeddings": "4k"}, "max_position_embeddings: '4k' is not a whole number"),
+    (LLAMA | {"attention_bias": True}, "config.json: attention_bias: True is not supported; it must be False"),
+    (LLAMA | {"rope_scaling": {"rope_type": "llama3"}}, "json: rope_scaling.rope_type: 'llama3' is not supported"),
     (HYBRID | {"full_attention_interval": 0}, "full_attention_interval: 0 is not a whole number"),
     (HYBRID | {"num_hidden_layers": 6}, r"full_attention_interval \(or .*layer_types.*4 does not divide num_hidden_la"),
     (HYBRID | {"layer_types": "full_attention"}, "layer_types: 'full_attention' is not a list"),

@@ -126,6 +126,13 @@ def test_there_and_back(form, tmp_path):
     assert_same_tree(same_params, params)
 
 
+def test_a_hybrid_decoder_has_no_place_in_the_layout(tmp_path):
+    _, config, _ = read_checkpoint(GOLDEN / "v4_full_qwen35_16x")
+    with pytest.raises(ConvertError, match="decoder: the layout has Llama, Qwen2 or Qwen3, the model Qwen3.5"):
+        family_named("llava_uhd_v4_research").write_files(config, None, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("form", ["paper", "baseline"])
 def test_verify_runs_it_as_minicpm_v_4_6(form, tmp_path):
     pytest.importorskip("transformers")

@@ -85,6 +85,8 @@ def test_files_beside_the_weights(tmp_path):
 def test_nothing_to_read(tmp_path):
     refuses(tmp_path / "absent", "absent: no such file or folder")
     refuses(tmp_path, "no weights there")
+    (tmp_path / "model.json").write_text("{}")
+    refuses(tmp_path, "no weights there", "a model of uhd-jax already")
     for name in "ab":
         save_file(TENSORS, tmp_path / f"{name}.safetensors")
     refuses(tmp_path, "which of a.safetensors, b.safetensors")

@@ -225,7 +225,10 @@ def _model_folder(directory: str | os.PathLike[str]) -> Path:
         return directory
     step = newest_step(directory)
     if step is None:
-        raise CheckpointError(
+        problem = (
             f"{directory} holds no model: neither {MODEL_FILE} nor a complete checkpoint in {FOLDER}/ was found there"
         )
+        if (directory / "config.json").is_file():
+            problem += "; if it is a checkpoint of another framework, uhd-jax convert import makes a model of it"
+        raise CheckpointError(problem)
     return directory / FOLDER / str(step)

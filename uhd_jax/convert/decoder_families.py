@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from uhd_jax.config import ChatConfig, CompressorConfig, ConnectorConfig, DecoderConfig, ModelConfig, TowerConfig
 from uhd_jax.convert.decoders import decoder_config, decoder_dropped, decoder_table, text_config
 from uhd_jax.convert.family import Dropped, Family, dtype_of, settings
+from uhd_jax.convert.fields import text_prefix
 from uhd_jax.convert.files import token_ids, write_json, write_tokenizer
 from uhd_jax.convert.tables import ConvertError
 
@@ -36,7 +37,8 @@ def config_of(source: Source, text: Mapping[str, Any]) -> DecoderConfig:
     except KeyError as error:
         raise ConvertError(f"{source.folder / 'config.json'}: no {error} of the language model") from None
     except ConvertError as error:
-        raise ConvertError(f"{source.folder / 'config.json'}: {error}") from None
+        prefix = text_prefix(source.json("config.json"))
+        raise ConvertError(f"{source.folder / 'config.json'}: {prefix}{error}") from None
 
 
 def text_dropped(config: DecoderConfig, head: str) -> tuple[Dropped, ...]:

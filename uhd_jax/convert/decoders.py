@@ -99,7 +99,7 @@ def decoder_config(text: Mapping[str, Any]) -> DecoderConfig:
     """
     kind = text.get("model_type")
     if kind not in KINDS:
-        raise ConvertError(f"text_config.model_type: {kind!r} is none of {', '.join(KINDS)}")
+        raise ConvertError(f"model_type: {kind!r} is none of {', '.join(KINDS)}")
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     layers = text["num_hidden_layers"]
     interval = _interval(text) if kind == "qwen3_5_text" else 1
@@ -109,13 +109,14 @@ def decoder_config(text: Mapping[str, Any]) -> DecoderConfig:
     _require(text, "mlp_bias", False)
     _require(text, "use_sliding_window", False)
     _require(text, "attn_output_gate", True)
-    for found in (text.get("rope_parameters") or {}, text.get("rope_scaling") or {}):
-        _require(found, "rope_type", "default")
-        _require(found, "type", "default")  # its older name
-    _require(rope, "mrope_interleaved", True)
+    for name in ("rope_parameters", "rope_scaling"):
+        found = text.get(name) or {}
+        _require(found, "rope_type", "default", f"{name}.")
+        _require(found, "type", "default", f"{name}.")  # its older name
+        _require(found, "mrope_interleaved", True, f"{name}.")
     if list(types) != _layer_types(layers, interval):
         raise ConvertError(
-            f"text_config.layer_types: {types} is not {layers} layers of which the last of every {interval} is "
+            f"layer_types: {types} is not {layers} layers of which the last of every {interval} is "
             f"{FULL!r} and the others are {LINEAR!r}"
         )
     head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
@@ -167,10 +168,10 @@ def _layer_types(layers: int, interval: int) -> list[str]:
     return [FULL if (index + 1) % interval == 0 else LINEAR for index in range(layers)]
 
 
-def _require(config: Mapping[str, Any], key: str, value: Any) -> None:
+def _require(config: Mapping[str, Any], key: str, value: Any, prefix: str = "") -> None:
     found = config.get(key, value)
     if found is not None and found != value:
-        raise ConvertError(f"text_config.{key}: {found!r} is not supported; it must be {value!r}")
+        raise ConvertError(f"{prefix}{key}: {found!r} is not supported; it must be {value!r}")
 
 
 def text_config(config: DecoderConfig) -> dict[str, Any]:

@@ -103,11 +103,16 @@ def check_types(config: Mapping[str, Any], parts: tuple[str, ...], tensors: int,
             raise ConvertError(f"{path}: {prefix}num_hidden_layers: {layers}, but there are only {tensors} tensors")
 
 
+def text_prefix(config: Mapping[str, Any]) -> str:
+    """Where a config.json has the fields of its language model: "text_config.", "llm_config.", or "" for the top."""
+    return next((f"{name}." for name in ("text_config", "llm_config") if config.get(name)), "")
+
+
 def _objects(config: Mapping[str, Any], parts: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
     """The objects that hold sizes of the parts: their prefix in messages, their values, the kinds of these."""
     if "decoder" in parts:
-        name = next((name for name in ("text_config", "llm_config") if config.get(name)), None)
-        prefix, text = (f"{name}.", config[name]) if name else ("", config)
+        prefix = text_prefix(config)
+        text = config[prefix[:-1]] if prefix else config
         yield prefix, text, _TEXT
         for key in ("rope_parameters", "rope_scaling"):
             yield f"{prefix}{key}.", text.get(key) or {}, _ROPE

@@ -116,6 +116,10 @@ def _write(config: ModelConfig, tokenizer: Path | None, folder: Path) -> None:
         raise ConvertError(f"compressor.kind: the layout has {KIND!r} or 'none', the model {config.compressor.kind!r}")
     tower, inserted = config.tower, config.compressor.kind != "none"
     text = text_config(config.decoder)
+    if text["model_type"] == "qwen3_5_text":
+        raise ConvertError(
+            "decoder: the layout has Llama, Qwen2 or Qwen3, the model Qwen3.5; minicpm_v_4_6 has room for it"
+        )
     vision = {
         "model_type": "siglip_vision_model",
         "hidden_size": tower.width,

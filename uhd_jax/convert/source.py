@@ -112,7 +112,9 @@ def open_source(path: str | Path, allow_pickle: bool = False) -> Source:
     if files:
         raise ConvertError(f"{path}: which of {', '.join(file.name for file in files)}? Give one of them instead")
     if not pickles:
-        raise ConvertError(f"{path}: no weights there, neither model*.safetensors nor {INDEX}")
+        ours = (path / "model.json").is_file()
+        hint = "; it is a model of uhd-jax already, which convert export writes as safetensors" if ours else ""
+        raise ConvertError(f"{path}: no weights there, neither model*.safetensors nor {INDEX}{hint}")
     return _unpickled(path, pickles, allow_pickle)
 
 
