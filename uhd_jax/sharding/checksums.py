@@ -45,8 +45,8 @@ def _of_shards(array: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
 
 def checksums(tree: Any) -> dict[str, int]:
     """Path of each array, as "params/decoder/embedding", and its checksum, which does not depend on its sharding."""
-    sums = {path: _of_whole(leaf) for path, leaf in _paths(tree).items()}
-    return {path: int(value) for path, value in jax.device_get(sums).items()}
+    # One after the other: many sums over devices at a time can wait for each other for ever on few threads of a CPU.
+    return {path: int(_of_whole(leaf)) for path, leaf in _paths(tree).items()}
 
 
 def differing_copies(tree: Any, mesh: Mesh) -> dict[str, list[jax.Device]]:
