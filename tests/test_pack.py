@@ -12,7 +12,7 @@ from image_files import SAVE, encode, photo
 from uhd_jax.config import DataConfig
 from uhd_jax.data import pack as packing
 from uhd_jax.data.pack import PackError, pack
-from uhd_jax.data.sources import make_source
+from uhd_jax.data.sources import SourceError, make_source
 from uhd_jax.data.windows import MALFORMED, REFUSED
 from uhd_jax.data.workers import WorkerError
 from uhd_jax.slicing.plan import ImageRefused
@@ -110,6 +110,9 @@ def test_goes_on_with_the_shards_that_are_missing(tmp_path, monkeypatch):
         pack(data, tmp_path / "out", shard_samples=16)
     assert len(list((tmp_path / "out").glob("*.arrayrecord"))) == 2
     assert not json.loads((tmp_path / "out/pack.json").read_text())["complete"]
+    with pytest.raises(SourceError, match="out: was not packed to its end; go on with"):
+        packed(tmp_path / "out")
+    assert len(packed(tmp_path / "out/*.arrayrecord")) == 30  # asked for by name
     monkeypatch.setattr(packing, "_record", lambda source, sample: read.append(sample) or write(source, sample))
     done = []
     summary = pack(data, tmp_path / "out", shard_samples=16, progress=lambda *counts: done.append(counts))
@@ -126,6 +129,18 @@ def test_a_shard_without_a_usable_sample_is_no_file(tmp_path):
     summary = pack(data, tmp_path / "out", shard_samples=1)
     assert summary["shards"] == summary["samples"] == 58
     assert_holds(tmp_path / "out", data, left_out=[5, 11])
+
+
+def test_a_folder_that_lost_a_shard_is_not_read_as_a_smaller_one(tmp_path):
+    pack(data_of(write_records(tmp_path)), tmp_path / "out", shard_samples=16)
+    (tmp_path / "out/data-00001-of-00004.arrayrecord").unlink()
+    with pytest.raises(SourceError, match="holds 42 samples, 58 were packed; copy all its shards"):
+        packed(tmp_path / "out")
+    (tmp_path / "out/pack.json").write_text("[]")
+    with pytest.raises(SourceError, match="pack.json: damaged"):
+        packed(tmp_path / "out")
+    (tmp_path / "out/pack.json").unlink()
+    assert len(packed(tmp_path / "out")) == 42
 
 
 def test_other_data_is_not_mixed_in(tmp_path):

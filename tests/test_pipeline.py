@@ -241,6 +241,7 @@ def test_oldest_turns_are_cut_before_a_sample_is_dropped(caplog, tmp_path, too_l
     assert caplog.text.count("the oldest round of question and answer cut") == 7
     (listed,) = map(json.loads, (tmp_path / "a.jsonl").read_text().splitlines())
     assert listed["counter"] == TOO_LONG and listed["where"].endswith("sample 2")
+    assert "fits into no row" in listed["reason"] and "at most 125 tokens" in listed["reason"]
 
 
 def test_samples_without_answers_are_counted():

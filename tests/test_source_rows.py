@@ -43,6 +43,12 @@ def test_marks_say_where_images_stand():
     assert parse(later)[0][1] == Message("user", (ImagePart(0),))
 
 
+def test_null_in_the_place_of_images_is_as_good_as_left_out():
+    assert parse(human("x", image=None, images=None)) == parse(human("x"))
+    assert parse(human("<image>x", image=None, images=["a.png"])) == parse(human("<image>x", images=["a.png"]))
+    assert parse(human("<image>x", image="a.png", images=None)) == parse(human("<image>x", image="a.png"))
+
+
 def test_a_mark_in_an_answer_or_a_system_prompt_is_text():
     messages, _ = parse(
         {
@@ -69,7 +75,8 @@ def test_a_mark_in_an_answer_or_a_system_prompt_is_text():
             "images: 2 listed, but 2 marks '<image_00>', which show the images [0, 0]",
         ),
         (human("x", image={"": "a"}), "image: the names of the images must be strings"),
-        (human("x", image=None), "image: expected a path, got null"),
+        (human("<image>", image=None), "images: 0 listed, but 1 marks"),
+        (human("x", image=[None]), "image[0]: expected a path, got null"),
         (human("x", image=3), "image: expected a path, got a number"),
         (human("x", image={"bytes": None, "path": None}), "image: expected bytes or a path, got null"),
         (human("x", image={"bytes": "text"}), "image: expected bytes or a path, got a string"),

@@ -188,7 +188,7 @@ class WindowPlanner:
         except (SourceError, ChatError) as error:
             return None, [Problem(index, MALFORMED, str(error).removeprefix(f"{self.where(index)}: "))]
         if prepared is None:
-            return None, [Problem(index, TOO_LONG, f"does not fit into a row of {rows[-1]}")]
+            return None, [Problem(index, TOO_LONG, _no_room(rows))]
         if not prepared.sample.trained.any():
             return None, [Problem(index, UNTRAINED, "no answer to train on")]
         given_up = reduction_reasons(prepared.reduction, self.stage.max_slices, len(sizes))
@@ -227,6 +227,11 @@ def reduction_reasons(reduction: Reduction, max_slices: int, images: int) -> dic
     if rounds := reduction.rounds:
         reasons[TURNS_CUT] = f"the oldest {f'{rounds} rounds' if rounds > 1 else 'round'} of question and answer cut"
     return reasons
+
+
+def _no_room(rows: tuple[BucketConfig, ...]) -> str:
+    tokens, slots = max(row.tokens for row in rows), max(row.slots for row in rows)
+    return f"fits into no row after all that too_long allows; rows have at most {tokens} tokens and {slots} views"
 
 
 def stage_seed(stage: StageConfig, train: TrainConfig) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -43,6 +45,7 @@ class ArrayRecords(RowSource):
         self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
         if not len(self):
             raise SourceError(f"{options.path}: holds no record")
+        _check_whole(options.path, len(self))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -68,6 +71,21 @@ class ArrayRecords(RowSource):
         except Exception as error:  # the reader raises RuntimeError, IndexError, ..
             raise SourceError(f"cannot be read ({type(error).__name__}: {error})") from None
         return sample.messages, list(sample.images)
+
+
+def _check_whole(path: str, samples: int) -> None:
+    """That a folder of `data.pack` holds all it should: a pack that was interrupted looks like a smaller one."""
+    try:
+        summary = json.loads(Path(path, "pack.json").read_text(encoding="utf-8"))
+        complete, packed = summary["complete"], summary.get("samples")
+    except OSError:
+        return  # no folder, or shards that came without it
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{path}/pack.json: damaged ({error}); pack again, or remove it") from None
+    if not complete:
+        raise SourceError(f"{path}: was not packed to its end; go on with the same `uhd-jax data pack`")
+    if packed != samples:
+        raise SourceError(f"{path}: holds {samples} samples, {packed} were packed; copy all its shards, no others")
 
 
 def _open(path: str) -> Any:

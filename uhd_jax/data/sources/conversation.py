@@ -64,9 +64,11 @@ def parse(record: Any) -> tuple[tuple[Message, ...], list[Any]]:
 
 
 def _images(record: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
-    """The images of a record, and the marks that stand for them if they have names."""
-    key = "image" if "image" in record else "images"
-    value = record.get(key, ())
+    """The images of a record, and the marks that stand for them if they have names. Null is as good as left out."""
+    key = "image" if record.get("image") is not None else "images"
+    value = record.get(key)
+    if value is None:  # as tables that also have rows with images are written as JSON
+        return [], ()
     if isinstance(value, Mapping) and not _is_file(value):
         if not all(isinstance(name, str) and name for name in value):
             raise SourceError(f"{key}: the names of the images must be strings")
