@@ -13,7 +13,7 @@ from uhd_jax.convert import minicpmv
 from uhd_jax.convert.tables import export_tensors
 from uhd_jax.data.chat import ImagePart, Message, encode_chat
 from uhd_jax.data.packing import fill_batch
-from uhd_jax.generation.assistant import Prepared
+from uhd_jax.generation.assistant import Picture, Prepared
 from uhd_jax.models import uhd
 from uhd_jax.slicing.pixels import cut_views
 from uhd_jax.slicing.plan import Size, plan_image
@@ -50,7 +50,8 @@ def test_gradients_of_every_parameter(tmp_path, text_type, tied, mode, tolerance
     )(ours.params)
     assert count == sample.trained.sum() > 20
 
-    inputs = torch_inputs(Prepared(sample, tuple(views)), config)
+    pictures = tuple(Picture(*shown, config.mode) for shown in zip(PICTURES, plans, strict=True))
+    inputs = torch_inputs(Prepared(sample, pictures, 14), config)
     logits = theirs(**inputs).logits[0]
     labels = torch.tensor(np.where(sample.trained, sample.tokens, -100)[1:].astype(np.int64))
     expected = torch.nn.functional.cross_entropy(logits[:-1], labels, reduction="sum")

@@ -244,7 +244,7 @@ def test_as_many_processes_as_you_like_have_the_losses_of_one(together, tmp_path
         assert rates[0] == pytest.approx(rates[1])
         assert ours["padding_waste_tokens"] == pytest.approx(theirs["padding_waste_tokens"])
     # Logs of the first process only.
-    assert f"{processes} processes, {processes * devices} devices (cpu)" in shown[0] and "step 4/4" in shown[0]
+    assert f"{processes} processes, {processes * devices} devices (cpu)" in shown[0] and "second step 8/8" in shown[0]
     assert not any("step" in text or "processes, " in text for text in shown[1:]), shown[1:]
     trained = json.loads((workdir / "trained.json").read_text())
     assert trained["processes"] == processes and trained["devices"] == f"{processes * devices} x cpu"
