@@ -96,6 +96,21 @@ def test_an_import_without_a_tokenizer_says_so(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        ("chat_template.jinja", lambda text: "{% if %}", "the tokenizer's chat template is no Jinja: line 1"),
+        ("tokenizer.json", lambda text: text.replace('"model"', '"medal"'), "not a tokenizer.json ("),
+    ],
+)
+def test_a_broken_tokenizer_stops_an_import(checkpoint, tmp_path, capsys, name, change, problem):
+    file = Path(checkpoint, name)
+    file.write_text(change(file.read_text() if file.exists() else ""))
+    status, out, err = call(capsys, "convert", "import", checkpoint, str(tmp_path / "made"))
+    assert (status, out) == (1, "") and problem in err, err
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
     "arguments, status, words",
     [
         ((), 2, ("arguments are required: COMMAND",)),

@@ -96,10 +96,13 @@ def _inspect(arguments: argparse.Namespace, _: None) -> None:
 def _import(arguments: argparse.Namespace, _: None) -> None:
     from uhd_jax.convert.source import open_source
     from uhd_jax.convert.transfer import bytes_read, import_model, recognise
+    from uhd_jax.data.tokenizer import load_tokenizer
 
     with open_source(arguments.source, arguments.allow_pickle) as source:
         found = recognise(source, _abstract_of)
         facts = _facts(source, found)
+        if source.has("tokenizer.json"):
+            load_tokenizer(source.folder, found.config.chat)  # a broken one is told now, not when the model is loaded
         with _bar("import", bytes_read(source, found.moves(source))) as (progress, timing):
             import_model(source, arguments.destination, found, arguments.dtype, progress)
         tokenizer = (arguments.destination / "tokenizer").is_dir()

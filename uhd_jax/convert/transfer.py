@@ -6,6 +6,7 @@ import dataclasses
 import math
 import shutil
 import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +38,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_REASON = 300  # characters of why a layout has no room
 Abstract = Callable[[ModelConfig], Any]  # a model's tree of shapes
 Progress = Callable[[int], None]  # called with bytes that were read
 
@@ -249,8 +251,10 @@ def _fitting(config: ModelConfig, saved: SavedModel, tokenizer: Path | None) -> 
                 family.write_files(config, tokenizer, Path(folder))
             return family
         except ConvertError as error:
-            reasons.append(f"{family.name}: {error}")
-    raise ConvertError("no layout has room for this model:\n  " + "\n  ".join(reasons))
+            reasons.append(f"{family.name}: {textwrap.shorten(str(error), _REASON, placeholder=' ..')}")
+    raise ConvertError(
+        "no layout has room for this model; --family=NAME says all about one:\n  " + "\n  ".join(reasons)
+    )
 
 
 def _streamed(move: Move, read: Callable[[str], np.ndarray], dtype: np.dtype | None) -> Streamed:

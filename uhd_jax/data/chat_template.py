@@ -64,7 +64,7 @@ def render(
     texts: list[Said] = []
     messages = [{"role": turn.role, "content": _content(turn, texts)} for turn in turns]
     try:
-        prompt = _compiled(template).render(messages=messages, add_generation_prompt=generate, **(variables or {}))
+        prompt = compiled(template).render(messages=messages, add_generation_prompt=generate, **(variables or {}))
     except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise TemplateError(f"the tokenizer's chat template refuses the conversation ({error})") from error
     pieces = _STAND_IN.split(prompt)  # template, number, template, number, .. template
@@ -104,7 +104,12 @@ def _stand_in(text: str, role: str, texts: list[Said]) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> jinja2.Template:
+def compiled(template: str) -> jinja2.Template:
+    """A chat template, ready to be rendered in a sandbox.
+
+    Raises:
+      TemplateError: it is no Jinja; names the line.
+    """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )

@@ -15,6 +15,7 @@ import numpy as np
 import tokenizers
 
 from uhd_jax.config import ChatConfig
+from uhd_jax.data import chat_template
 
 TEMPLATE_FILE = "chat_template.jinja"
 THINK_START = "<think>"
@@ -44,6 +45,8 @@ class Tokenizer:
         self._definition = definition
         try:
             content = json.loads(definition)
+            if not (isinstance(content, dict) and isinstance(content.get("added_tokens"), list)):
+                raise ValueError("no JSON object with a list added_tokens")
             added = content["added_tokens"]
             # Only tokens flagged special are neutralised by the library; think tags usually are not, but they steer.
             content["added_tokens"] = [token | {"special": _is_mark(token)} for token in added]
@@ -173,16 +176,20 @@ def load_tokenizer(path: str | Path, chat: ChatConfig | None = None) -> Tokenize
     With a folder comes its chat template: `chat_template.jinja`, or as older ones have it in tokenizer_config.json.
 
     Raises:
-      TokenizerError: the file is missing or is not a tokenizer.
+      TokenizerError: the file is missing or is not a tokenizer, or `chat` needs its chat template and that is no Jinja.
     """
     if str(path) == "bytes":
         return byte_tokenizer(chat)
     file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
     try:
         template = _chat_template(Path(path)) if Path(path).is_dir() else ""
+        if template and chat is not None and chat.template == "jinja":
+            chat_template.compiled(template)
         return Tokenizer(file.read_text(encoding="utf-8"), str(file), template)
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(f"tokenizer {file}: cannot be read ({error})") from None
+    except chat_template.TemplateError as error:
+        raise TokenizerError(f"tokenizer {file}: {error}") from None
 
 
 def _chat_template(folder: Path) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from uhd_jax.batch import Batch, Bucket
 from uhd_jax.checkpoint import CheckpointError, load_model
-from uhd_jax.config import ConfigError, ModelConfig
+from uhd_jax.config import ChatConfig, ConfigError, ModelConfig
 from uhd_jax.convert import sentencepiece, tables
 from uhd_jax.convert.families import drops, find_family
 from uhd_jax.convert.source import Source, open_source
@@ -383,15 +383,16 @@ def load(directory: str | Path, max_length: int = 32_768) -> Assistant:
         raise CheckpointError(f"{directory} {problem}; give the folder of a training run or of a model")
     if (directory / "config.json").exists():  # no folder of ours has one
         with open_source(directory) as source:
-            return Assistant(*_imported(source), foreign_tokenizer(directory), max_length)
+            config, params = _imported(source)
+            return Assistant(config, params, foreign_tokenizer(directory, config.chat), max_length)
     params, config = load_model(directory)
-    return Assistant(config, params, load_tokenizer(directory / "tokenizer"), max_length)
+    return Assistant(config, params, load_tokenizer(directory / "tokenizer", config.chat), max_length)
 
 
-def foreign_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a foreign checkpoint, of SentencePiece's kind too."""
+def foreign_tokenizer(folder: Path, chat: ChatConfig | None = None) -> Tokenizer:
+    """The tokenizer of a foreign checkpoint, of SentencePiece's kind too; `chat` as in `load_tokenizer`."""
     if (folder / "tokenizer.json").is_file() or not sentencepiece.has_tokenizer(folder):
-        return load_tokenizer(folder)
+        return load_tokenizer(folder, chat)
     return Tokenizer(sentencepiece.tokenizer_json(folder), str(folder))
 
 
