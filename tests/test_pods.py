@@ -7,8 +7,9 @@ from test_aot import REPORT
 
 from uhd_jax.analysis.aot_compile import bucket_of, stage_of
 from uhd_jax.analysis.aot_targets import parse_target
-from uhd_jax.analysis.pods import RECIPES, missing, read_reports
+from uhd_jax.analysis.pods import missing, read_reports
 from uhd_jax.analysis.pods_page import page
+from uhd_jax.analysis.pods_recipes import RECIPES
 from uhd_jax.cli import configs
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from typing import Any
 from uhd_jax.analysis.aot_ceiling import project
 from uhd_jax.analysis.aot_report import verdict
 from uhd_jax.analysis.aot_targets import CHIPS, GIB, parse_target
-from uhd_jax.analysis.pods import PROJECTED, RECIPES
+from uhd_jax.analysis.pods_recipes import PROJECTED, RECIPES
 
 PAGE = """\
 # Slices and hosts
