@@ -159,11 +159,11 @@ def _stages_of_v2(layout: str, thumbnail: bool, vdim: bool) -> list[dict]:
     page = easy | {"task": "page"}
     return [
         *([_stage("vdim", view, **reconstruction)] if vdim else []),
-        _stage("views", view | easy, steps=500, **views),
+        _stage("views", view | easy, steps=1000, **views),
         _stage("squares", page | {"shapes": ((2, 2),)}, steps=500, **few),
         _stage("wider", page | {"shapes": ((2, 2), (2, 3))}, steps=200, **few),
         _stage("taller", page | {"shapes": ((2, 2), (2, 3), (3, 2))}, steps=150, **few),
-        _stage("pages", page, steps=350, **pages),
+        _stage("pages", page, steps=1050, **pages),
     ]
 
 
