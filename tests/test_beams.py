@@ -1,4 +1,4 @@
-"""Beam search and greedy decoding live against transformers' `generate`, with an imported MiniCPM-V 4.6."""
+"""Beams, greedy decoding and repetition penalties live against transformers, with an imported MiniCPM-V 4.6."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from hf46 import torch_inputs
 
 import uhd_jax
 from uhd_jax.generation.request import AnswerOptions
+from uhd_jax.generation.sampling import Sampling
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -31,19 +32,29 @@ def their_answer(theirs, prepared, config, ends, **options):
 
 
 @pytest.mark.parametrize(
-    ("beams", "length_penalty", "early_stopping"),
-    [(1, 1.0, False), (3, 1.0, False), (5, 1.0, False), (3, 0.0, True), (5, 2.0, True), (3, -1.0, False)],
+    ("beams", "length_penalty", "early_stopping", "repetition_penalty"),
+    [
+        (1, 1.0, False, 1.0),
+        (3, 1.0, False, 1.0),
+        (5, 1.0, False, 1.0),
+        (3, 0.0, True, 1.0),
+        (5, 2.0, True, 1.3),
+        (3, -1.0, False, 1.0),
+        (1, 1.0, False, 1.2),
+        (3, 1.0, False, 1.2),
+    ],
 )
-def test_answers_are_those_of_transformers(models, beams, length_penalty, early_stopping):
+def test_answers_are_those_of_transformers(models, beams, length_penalty, early_stopping, repetition_penalty):
     """Both prompts at once here, one after the other there. Frequent tokens are made ends, so that beams finish."""
     ours, theirs = models
     images = sorted(FOLDER.glob("image_*.png"))
     prepared = [ours.prepare(PROMPTS[0], images), ours.prepare(PROMPTS[1], images[1:])]
-    options = AnswerOptions(12, beams=beams, length_penalty=length_penalty, early_stopping=early_stopping)
-    asked = {"num_beams": beams, "max_new_tokens": 12}
+    sampling = Sampling(repetition_penalty=repetition_penalty)
+    options = AnswerOptions(12, sampling, (), beams, length_penalty, early_stopping)
+    asked = {"num_beams": beams, "max_new_tokens": 12, "repetition_penalty": repetition_penalty}
     if beams > 1:
         asked |= {"length_penalty": length_penalty, "early_stopping": early_stopping}
-    (plain, _) = ours.answer(prepared, [AnswerOptions(12, beams=beams)] * 2, ends=frozenset([256]))
+    (plain, _) = ours.answer(prepared, [AnswerOptions(12, sampling, beams=beams)] * 2, ends=frozenset([256]))
     for ends in (frozenset([256]), frozenset([256, *plain.tokens[3:6:2]])):
         requests = ours.answer(prepared, [options] * 2, ends=ends)
         expected = [their_answer(theirs, one, ours.config, ends, **asked) for one in prepared]

@@ -5,14 +5,19 @@ import functools
 import json
 import time
 
+import jax
 import pytest
 import tiny
+import tiny_assistant
 from command_line import assert_one_line, call
 
 from uhd_jax import cost
-from uhd_jax.analysis import bench_report, bench_step, bench_torch
+from uhd_jax.analysis import bench_generation, bench_report, bench_step, bench_torch
 from uhd_jax.analysis.bench import FORWARD, TRAINING, case_of, full_batch, measure, parts_of, result, view_grid
 from uhd_jax.config import BucketConfig, DataConfig
+from uhd_jax.data.tokenizer import byte_tokenizer
+from uhd_jax.generation.assistant import Assistant
+from uhd_jax.models import uhd
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -158,3 +163,25 @@ def test_unknown_parts_are_refused(config_file, capsys):
     status, _, errors = call(capsys, "bench", f"--config={config_file}", "--parts=tower,engine")
     assert status == 2
     assert_one_line(errors, "--parts=tower,engine: name some of tower, connector, decoder, step, data, pipeline")
+
+
+def test_generation_says_the_same_as_transformers_and_takes_time(monkeypatch):
+    pytest.importorskip("torch"), pytest.importorskip("transformers")
+    monkeypatch.setattr(bench_generation, "TOKENS", 3)
+    found = bench_generation.measure_generation(tiny_assistant.CONFIG, 2, 1, "torch")
+    assert found["same_tokens"] and found["rows"] == 2
+    names = [one["what"].split(",")[0] for one in found["speeds"]]
+    assert names == ["first token", "further token", "first token of 2", "further token of 2"]
+    for one in found["speeds"][::2]:
+        assert one["against"]["cpu_ratio"] == one["against"]["cpu_seconds"] / one["cpu_seconds"] > 0
+    text = "\n".join(bench_report._generation(found))
+    assert "first token, 3 views and" in text and "the same tokens; above 1: it is slower" in text
+
+
+def test_generation_of_what_transformers_lacks():
+    config = tiny_assistant.CONFIG
+    unlike = dataclasses.replace(config, chat=dataclasses.replace(config.chat, layout="A"))
+    params = tiny.random_params(jax.eval_shape(lambda: uhd.init_params(unlike, jax.random.key(0))))
+    model = Assistant(unlike, params, byte_tokenizer())
+    with pytest.raises(bench_torch.BenchError, match="no whole model like this one"), bench_generation.theirs(model):
+        pass

@@ -1,14 +1,25 @@
 """Benchmarks from files as they are published: what is read, how it is put, and what is said of a broken row."""
 
+import json
+from dataclasses import fields
+
 import benchmark_files as files
 import pytest
 from benchmark_files import FORMS
+from command_line import call
+from tiny_assistant import make_assistant
 
+import uhd_jax
 from uhd_jax.data.sources.protocol import SourceError
 from uhd_jax.evaluation import names, presets, tasks
 from uhd_jax.evaluation.benchmarks import BENCHMARKS
 from uhd_jax.evaluation.metrics.styles import MetricError
 from uhd_jax.slicing.image_io import open_image
+
+
+@pytest.fixture(scope="module")
+def model(unoptimised):
+    return make_assistant(max_length=4000)
 
 
 def made(form, folder, prompts="llava"):
@@ -139,7 +150,44 @@ def test_presets_are_those_of_the_papers():
     assert (four.max_slices, four.upsize, four.beams, four.max_new_tokens) == (9, True, 3, 2048)
     direct = settings("v4", "ai2d")
     assert (direct.prompts, direct.upsize) == ("minicpm", False)
+    six = settings("4.6", "ai2d")
+    assert (six.prompts, six.max_slices, six.beams, six.repetition_penalty) == ("minicpm_4_6_steps", 9, 3, 1.2)
+    assert (six.mode, six.max_new_tokens, six.upsize, six.thinking) == ("4x", 8192, True, False)
+    assert settings("4.6", "gqa").prompts == "minicpm_4_6" and not settings("4.6", "pope").upsize
+    thinking = settings("4.6-thinking", "gqa")
+    assert (thinking.beams, thinking.temperature, thinking.repetition_penalty) == (1, 0.7, 1.0)
+    assert thinking.thinking and thinking.upsize and thinking.prompts == "minicpm_4_6_steps"
     assert settings("v4", "ai2d", beams=1, mode=None).beams == 1 and settings("plain", "gqa") == presets.Settings()
+
+
+@pytest.mark.parametrize(
+    ("preset", "form", "asked"),
+    [
+        ("v1", "mme parquet", {"beams": 5, "max_slices": 7}),
+        ("4.6", "ai2d parquet", {"beams": 3, "max_slices": 9, "mode": "4x", "repetition_penalty": 1.2}),
+    ],
+)
+def test_a_model_is_asked_by_the_papers_settings(preset, form, asked, model, tmp_path, capsys, monkeypatch):
+    """Beams and penalty included: what `evaluate` keeps is what the model says when it is asked so by hand."""
+    name, maker, count, *_ = FORMS[form]
+    data, _ = maker(tmp_path)
+    monkeypatch.setitem(vars(uhd_jax), "load", lambda directory: model)
+    out = tmp_path / "scores.json"
+    argv = ["evaluate", "--checkpoint=m", f"--task={name}", f"--data={data[0]}", f"--preset={preset}", f"--out={out}"]
+    status, _, err = call(capsys, *argv, "--max-new-tokens=6")
+    assert status == 0, err
+    first, *lines = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    settings = presets.Settings(**{key.name: first["settings"][key.name] for key in fields(presets.Settings)})
+    assert vars(settings).items() >= asked.items() and len(lines) == json.loads(out.read_text())["samples"] == count
+    task = tasks.BenchmarkTask(name, data, settings.prompts)
+    plain = []
+    for line in lines:
+        sample = task.sample(line["index"])
+        [image] = [presets.resized(open_image(one), settings, f"{sample.id}/0") for one in sample.images]
+        conversation = task.conversation(sample, line["prompt"], [image])
+        assert line["output"] == model.generate(conversation, max_new_tokens=6, **asked)
+        plain.append(model.generate(conversation, max_new_tokens=6, max_slices=asked["max_slices"]))
+    assert [line["output"] for line in lines] != plain
 
 
 def test_images_are_resized_as_the_papers_did():
@@ -162,3 +210,8 @@ def test_the_answer_of_a_model_that_thinks_first():
     assert read(said, "choice", "minicpm_steps") == "B" and read(said, "choice", "llava") == said
     assert read("3 + 4.\nAnswer: 7", "short", "minicpm_steps") == "7"
     assert read("Answer: STOP", "text", "minicpm_steps") == "Answer: STOP"
+    thought = "<think>Answer: A</think>\nThe Answer is c"
+    assert read(thought, "choice", "minicpm_4_6_steps") == "C" and read(thought, "choice", "minicpm_steps") == "A"
+    assert read(thought, "short", "minicpm_4_6") == "The Answer is c"
+    assert read("So \u7b54\u6848\u662fJ", "choice", "minicpm_4_6_steps") == "J"
+    assert read("x <answer> 7\n</answer>", "text", "minicpm_4_6") == "7"

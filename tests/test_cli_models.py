@@ -26,6 +26,7 @@ def test_commands_that_need_a_configuration_say_so(capsys):
     [
         ("--temperature=-1", "'-1'"),
         ("--temperature=nan", "'nan'"),
+        ("--repetition-penalty=0", "'0' is not a number above 0"),
         ("--top-p=0", "'0'"),
         ("--top-p=1.5", "'1.5'"),
         ("--top-k=-1", "'-1'"),
@@ -60,6 +61,10 @@ def test_generate_streams_or_prints_json(capsys, monkeypatch, tmp_path):
     assert call(capsys, *argv) == (0, "four two\n", "")
     assert echo.seen[:2] == ("What?", ["a.png", "b.png"]) and echo.seen[2]["top_k"] == 3
     assert echo.seen[2]["thinking"] is None and echo.seen[2]["videos"] == []
+    assert (echo.seen[2]["beams"], echo.seen[2]["stop"], echo.seen[2]["repetition_penalty"]) == (1, [], 1.0)
+    call(capsys, *argv, "--beams=3", "--stop=a", "--stop=b", "--repetition-penalty=1.2")
+    assert (echo.seen[2]["beams"], echo.seen[2]["stop"]) == (3, ["a", "b"])
+    assert echo.seen[2]["repetition_penalty"] == 1.2
     out = call(capsys, *argv, "--video=c.mp4", "--no-thinking", "--json", f"--out={tmp_path / 'answer.json'}")[1]
     assert echo.seen[2]["thinking"] is False and echo.seen[2]["videos"] == ["c.mp4"]
     asked = {"prompt": "What?", "images": ["a.png", "b.png"], "videos": ["c.mp4"]}

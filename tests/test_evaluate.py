@@ -217,6 +217,10 @@ def test_digit_pages_go_the_same_way(tmp_path, capsys, monkeypatch):
     assert set(result["answers"][0]) == {"kind", "question", "expected", "with_slices", "thumbnail_only"}
     assert json.loads(out).items() <= result.items()
     assert len(read(tmp_path / "evaluation.jsonl")[1]) == 12
+    argv = ["evaluate", "--checkpoint=m", "--task=digit_pages", f"--out={tmp_path}/first.json"]
+    assert call(capsys, *argv, "--limit=2")[0] == 0
+    first = json.loads((tmp_path / "first.json").read_text(), parse_constant=pytest.fail)
+    assert first["accuracy_with_slices"] == 1.0 and "accuracy_thumbnail_only" not in first and first["pages"] == 2
 
 
 def test_digit_pages_has_no_files(capsys):

@@ -18,7 +18,7 @@ from uhd_jax.checkpoint import CheckpointError, save_model
 from uhd_jax.config import ChatConfig
 from uhd_jax.generation import decode
 from uhd_jax.generation.assistant import Assistant, PromptError
-from uhd_jax.generation.sampling import Sampling, choose, empty_draws, set_draws
+from uhd_jax.generation.sampling import Sampling, choose, empty_draws, penalised, set_draws
 from uhd_jax.generation.shapes import room
 from uhd_jax.slicing.plan import ImageRefused
 
@@ -56,11 +56,13 @@ def test_sampling_is_reproducible_and_differs_by_seed(model):
     assert sample(1, top_p=1e-6) == greedy
 
 
-def choose_tokens(logits, samplings, step):
+def choose_tokens(logits, samplings, step, seen=()):
     draws = empty_draws(len(logits))
     for row, sampling in enumerate(samplings):
         set_draws(draws, row, sampling, step, logits.shape[1])
-    return np.asarray(jax.jit(choose)(logits, draws))
+    there = np.zeros(logits.shape, bool)
+    there[:, list(seen)] = True
+    return np.asarray(jax.jit(choose)(logits, draws, there))
 
 
 def test_frequencies_of_sampled_tokens():
@@ -98,6 +100,28 @@ def test_a_rows_sample_does_not_depend_on_the_other_rows():
     assert together[0] == jax.random.categorical(keys, logits[0])
 
 
+@pytest.mark.parametrize("penalty", [1.2, 3.0, 0.7])
+def test_a_repetition_penalty_is_that_of_transformers(penalty):
+    """Rows with another penalty, and none, stand beside it; the penalty comes before the temperature and top_k."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    scores = np.array(jax.random.normal(jax.random.key(1), (3, 40)))
+    ids = np.array([[0, 5, 5, 39], [1, 2, 3, 4], [7, 7, 7, 7]])
+    seen = np.zeros(scores.shape, bool)
+    np.put_along_axis(seen, ids, True, axis=1)
+    found = np.asarray(jax.jit(penalised)(scores, seen, np.array([penalty, 1.0, 1.5], np.float32)))
+    for row, value in enumerate((penalty, 1.0, 1.5)):
+        theirs = transformers.RepetitionPenaltyLogitsProcessor(value)
+        of_row = slice(row, row + 1)
+        expected = theirs(torch.tensor(ids[of_row]), torch.tensor(scores[of_row]))[0].numpy()
+        np.testing.assert_array_equal(found[row], expected)
+
+    logits = jnp.log(jnp.array([[0.6, 0.4, 1e-6]]))  # the likeliest is there already: 0.6 ** 3 = 0.216
+    options = {"repetition_penalty": 3.0, "seed": 1}
+    sampled = [Sampling(temperature=t, top_k=1, **options) for t in (0.0, 1.0, 5.0)]
+    assert choose_tokens(jnp.tile(logits, (3, 1)), sampled, 0, seen=[0]).tolist() == [1, 1, 1]
+    assert choose_tokens(logits, [Sampling(**options)], 0).tolist() == [0]
+
+
 NAN, INFINITE = float("nan"), float("inf")
 
 
@@ -108,6 +132,7 @@ NAN, INFINITE = float("nan"), float("inf")
         *(("top_k", value) for value in (-1, 2.0)),
         *(("top_p", value) for value in (0.0, 1.5, NAN)),
         *(("seed", value) for value in (-1, 2**32, 1.0)),
+        *(("repetition_penalty", value) for value in (0, -1.2, NAN, INFINITE, "some")),
     ],
 )
 def test_impossible_sampling(model, name, value):
@@ -123,6 +148,7 @@ def test_sampling_at_the_ends_of_its_ranges(model):
     assert sample(top_k=2**40) == sample()
     assert sample(top_p=1e-320) == model.generate("Hello", max_new_tokens=4)  # 0 in float32
     assert isinstance(sample(temperature=1e300), str)
+    assert isinstance(sample(repetition_penalty=1e-300), str)
 
 
 def test_marks_in_a_prompt_are_text(model):

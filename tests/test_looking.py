@@ -14,7 +14,7 @@ from PIL import Image
 
 import uhd_jax
 from uhd_jax.analysis import looking
-from uhd_jax.config import CompressorConfig, ModelConfig, SlicingConfig, TowerConfig
+from uhd_jax.config import CompressorConfig, ModelConfig, PyramidConfig, SlicingConfig, TowerConfig
 from uhd_jax.data.tokenizer import byte_tokenizer
 from uhd_jax.generation.assistant import Assistant
 from uhd_jax.models import uhd
@@ -25,16 +25,21 @@ pytestmark = pytest.mark.usefixtures("unoptimised")
 _OWN = {"slicing": SlicingConfig(scale_resolution=112), "dtype": "float32"}
 _DECODER = dataclasses.replace(tiny.MODEL.decoder, vocab_size=272, layers=1)
 _TOWER = TowerConfig(width=16, mlp_width=24, layers=2, heads=2, table_side=7)
-_HIWIN = tiny.KINDS["hiwin"]
+
+
+def _with(kind: str) -> ModelConfig:
+    """A tiny model with another connector, of 2 x 2 queries."""
+    config = tiny.KINDS[kind]
+    tower = dataclasses.replace(config.tower, patch_size=14)
+    connector = dataclasses.replace(config.connector, query_side=2)
+    if kind == "perceiver":  # v1's has no pyramid
+        connector = dataclasses.replace(connector, pyramid=PyramidConfig())
+    return dataclasses.replace(config, decoder=_DECODER, tower=tower, connector=connector, **_OWN)
+
+
 CONFIGS = {
     "v4": ModelConfig(decoder=_DECODER, tower=_TOWER, compressor=CompressorConfig(after_layer=0), **_OWN),
-    "hiwin": dataclasses.replace(
-        _HIWIN,
-        decoder=_DECODER,
-        tower=dataclasses.replace(_HIWIN.tower, patch_size=14),
-        connector=dataclasses.replace(_HIWIN.connector, query_side=2),
-        **_OWN,
-    ),
+    "hiwin": _with("hiwin"),
 }
 IMAGE = np.random.default_rng(0).integers(0, 256, (112, 224, 3), np.uint8)
 
@@ -48,11 +53,22 @@ def silenced(tree, name="query"):
     return jax.tree_util.tree_map_with_path(change, tree)
 
 
+def make(config):
+    params = jax.eval_shape(lambda: uhd.init_params(config, jax.random.key(3)))
+    return Assistant(config, tiny.random_params(params), byte_tokenizer(), max_length=4000)
+
+
 @pytest.fixture(scope="module", params=CONFIGS)
 def model(request):
-    config = CONFIGS[request.param]
-    params = jax.jit(uhd.init_params, static_argnums=0)(config, jax.random.key(3))
-    return Assistant(config, tiny.random_params(params), byte_tokenizer(), max_length=4000)
+    return make(CONFIGS[request.param])
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("spatial_resampler", (24, 24)), ("perceiver", (8, 8))])
+def test_where_the_resamplers_of_v1_look(kind, shape):
+    looked = looking.look(make(_with(kind)), IMAGE[:, :112], "What?", answer="a")
+    [(name, [laid])] = looked.inside.items()
+    assert name == "resampler: mean over its queries" and laid.shape == shape
+    assert laid.mean() == pytest.approx(1, abs=1e-5) and laid.std() > 0.01
 
 
 def test_weights_are_those_of_the_model(model):
@@ -113,7 +129,8 @@ def test_slices_are_tiled_over_the_image():
     np.testing.assert_array_equal(tiled[3], [2, 2, 2, 2, 3, 3, 4, 4])
 
 
-def test_a_picture_from_the_command_line(model, tmp_path, capsys, monkeypatch):
+def test_a_picture_from_the_command_line(tmp_path, capsys, monkeypatch):
+    model = make(CONFIGS["v4"])
     Image.fromarray(IMAGE).save(tmp_path / "page.png")
     monkeypatch.setitem(vars(uhd_jax), "load", lambda directory: model)
     argv = ["look", "--checkpoint=m", f"--image={tmp_path}/page.png", "--prompt=What?", "--answer=a cat"]

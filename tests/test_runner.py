@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 
 import jax
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 from tiny_assistant import CONFIG, HYBRID, SMALL, WIDE, make_assistant
 
 from uhd_jax.config import MeshConfig
+from uhd_jax.generation import decode
 from uhd_jax.generation.prompt import PromptError
 from uhd_jax.generation.request import AnswerOptions, Request
-from uhd_jax.generation.runner import Runner
-from uhd_jax.generation.sampling import Sampling
-from uhd_jax.generation.shapes import Shapes, fit, patch_rooms, serving_shapes
+from uhd_jax.generation.runner import Runner, _no_prompts
+from uhd_jax.generation.sampling import Sampling, empty_draws
+from uhd_jax.generation.shapes import Shapes, fit, patch_rooms, serving_shapes, shapes_for
 from uhd_jax.generation.visual import Picture, VisualCache, VisualEncoder, chunks
 from uhd_jax.sharding.mesh import make_mesh
 from uhd_jax.sharding.rules import param_shardings
@@ -32,6 +34,8 @@ ASKED = [
     ("Beams?", [SMALL], AnswerOptions(8, beams=3)),
     ("Hello", [], AnswerOptions(1)),
     ("Short", [], AnswerOptions(11, Sampling(0.8, top_k=5, seed=2**32 - 1))),
+    ("A longer question about it?", [WIDE], AnswerOptions(12, Sampling(repetition_penalty=1.7))),
+    ("Beams?", [SMALL], AnswerOptions(8, Sampling(repetition_penalty=3.0), beams=3)),
 ]
 
 
@@ -83,8 +87,8 @@ def test_requests_that_join_and_leave_answer_as_alone_and_compile_nothing(model)
             runner.run([request])
         assert compiled == []
     assert [request.tokens for request in together] == [request.tokens for request in alone]
-    assert [len(request.tokens) for request in together] == [9, 12, 7, 9, 8, 1, 11]
-    assert len({tuple(request.tokens) for request in together}) == 7
+    assert [len(request.tokens) for request in together] == [9, 12, 7, 9, 8, 1, 11, 12, 8]
+    assert len({tuple(request.tokens) for request in together}) == 9
     assert together[5].tokens == together[0].tokens[:1]  # the same question, as differently as they are batched
     assert {request.reason for request in together} == {"length"} and runner.free_rows == 3
 
@@ -115,6 +119,23 @@ def test_beams_beat_greedy_answers(model):
     assert len(gains) > 1 and min(gains) > -1e-4
     if model.config == CONFIG:  # of the other one the greedy answers are the best already
         assert max(gains) > 1e-3
+
+
+def test_matrices_in_the_dtype_of_the_computation_change_nothing(model):
+    config = dataclasses.replace(model.config, dtype="bfloat16")
+    cast = decode.as_computed(model.params, config)
+    kinds = collections.Counter(str(leaf.dtype) for leaf in jax.tree.leaves(cast["decoder"]))
+    assert kinds["bfloat16"] > 8 and kinds["float32"] > 3  # norms, decays
+    prompts, draws = _no_prompts(SHAPES, 64, config.decoder.width, config.dtype), empty_draws(1)
+    prompts.tokens[0], prompts.lengths[0], prompts.rows[0] = np.arange(64) % 60, 50, 0
+    step = decode.Step(np.full(3, -1, np.int32), np.array([50, 0, 0], np.int32), np.arange(3, dtype=np.int32))
+    told = []
+    for params in (model.params, cast):
+        state, first = decode.prefill(params, decode.start(config, 3, 200), prompts, draws, config)
+        _, second = decode.decode(params, state, step, empty_draws(3), config, 64, True)
+        told.append([np.asarray(array)[0] for array in (*first, *second)])
+    jax.tree.map(np.testing.assert_array_equal, *told)
+    assert decode.as_computed(model.params, model.config) is model.params
 
 
 def test_over_a_mesh_the_answers_are_the_same(model):
@@ -233,6 +254,12 @@ def test_parts_of_many_views():
     assert list(chunks(10, (1, 4))) == [(0, 4), (4, 4), (8, 1), (9, 1)]
     assert list(chunks(3, (1, 4))) == [(0, 3)]
     assert list(chunks(5, (2,))) == [(0, 2), (2, 2), (4, 1)]
+
+
+def test_a_long_answer_attends_to_little_at_its_beginning():
+    assert shapes_for(1, [700], 256, 1, 64).lengths == (704, 960)
+    assert shapes_for(1, [700], 8192, 1, 64).lengths == (704, 2048, 4096, 8192, 9216)
+    assert shapes_for(1, [3000], 2000, 1, 64).lengths == (3072, 4096, 5120)
 
 
 def test_shapes_for_serving():

@@ -16,7 +16,8 @@ from uhd_jax.analysis.bench import case_of, measure, parts_of, result
 from uhd_jax.analysis.bench_step import measure_data, measure_step
 from uhd_jax.config import RunConfig, StageConfig
 
-PARTS = ("tower", "connector", "decoder", "step", "data", "pipeline")
+PARTS = ("tower", "connector", "decoder", "step", "data", "pipeline", "generation")
+DEFAULT = PARTS[:-2]
 PEAK = (
     "utilisation: FLOPs of the model (docs/cost.md; none of padding, recomputation or the optimiser) over time and "
     "peak; peak is dense bfloat16 as published, on a CPU the measured rate of a float32 product of 1,024 x 1,024"
@@ -26,7 +27,7 @@ PEAK = (
 def bench(
     config: RunConfig,
     stage: StageConfig,
-    parts: Sequence[str] = PARTS[:-1],
+    parts: Sequence[str] = DEFAULT,
     rows: int | None = None,
     repeats: int = 5,
     against: str | None = None,
@@ -68,6 +69,7 @@ def bench(
         "against": [],
         "data": None,
         "pipeline": [],
+        "generation": None,
     }
     made = parts_of(case, parts)
     others = [None] * len(made)
@@ -100,6 +102,10 @@ def bench(
         from uhd_jax.analysis import bench_data
 
         report["pipeline"] = [dataclasses.asdict(speed) for speed in bench_data.measure(repeats=repeats)]
+    if "generation" in parts:
+        from uhd_jax.analysis.bench_generation import measure_generation
+
+        report["generation"] = measure_generation(config.model, rows, repeats, against)
     return report
 
 
@@ -157,9 +163,25 @@ def table(report: dict[str, Any]) -> str:
                 f"data alone: {data['batches_per_second']:.2f} batches/s, {data['images_per_second']:.1f} images/s; of "
                 f"{data['steps']} steps with it, {data['wait_share']:.1%} of the time waits for a batch",
             ]
+    if report["generation"]:
+        lines += ["", *_generation(report["generation"])]
     lines += [
         "",
         PEAK,
         f"images/s: an image is {report['image_views']} views, cut into as many slices as the stage allows",
     ]
     return "\n".join(lines)
+
+
+def _generation(found: dict[str, Any]) -> list[str]:
+    rows = [("generation", "seconds", "processor s", "theirs", "times ours", "processor times ours")]
+    for one in found["speeds"]:
+        there = one["against"]
+        compared = (f"{there['seconds']:.4f}", f"{there['ratio']:.2f}", f"{there['cpu_ratio']:.2f}") if there else ()
+        own = (one["what"], f"{one['seconds']:.4f}", f"{one['cpu_seconds']:.4f}")
+        rows.append((*own, *(compared or ("", "", ""))))
+    lines = [*aligned(rows), f"of answers of {found['tokens']} tokens"]
+    if found["speeds"][0]["against"]:
+        said = "the same tokens" if found["same_tokens"] else "OTHER TOKENS"
+        lines[-1] += f"; transformers' generate says {said}; above 1: it is slower"
+    return lines

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from uhd_jax.analysis.bench import FORWARD, Case, full_batch
-from uhd_jax.config import DecoderConfig
+from uhd_jax.analysis.verify import packed_pixels
+from uhd_jax.config import DecoderConfig, ModelConfig
+from uhd_jax.generation.assistant import Prepared
 
 
 class BenchError(RuntimeError):
@@ -37,11 +40,9 @@ def counterpart(case: Case, name: str, kind: str, compiled: bool) -> Counterpart
     Raises:
       BenchError: torch or transformers is not installed.
     """
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise BenchError(f"--against=torch needs {error.name}: pip install torch transformers") from error
+    import_both()
+    import torch
+
     made = _made(case, name)
     if made is None:
         return None
@@ -73,6 +74,51 @@ def counterpart(case: Case, name: str, kind: str, compiled: bool) -> Counterpart
             print(f"torch.compile of {title} fails, it runs as it is: {type(error).__name__}", file=sys.stderr)
             torch._dynamo.reset()
     return Counterpart(title, call_with(run))
+
+
+def import_both() -> None:
+    """Raises BenchError where torch or transformers is not installed."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise BenchError(f"--against=torch needs {error.name}: pip install torch transformers") from error
+
+
+def generator(folder: Path, config: ModelConfig) -> Callable[[Prepared, int, int], np.ndarray]:
+    """transformers' `generate` on a folder in MiniCPM-V 4.6's layout, called as `bench_generation.Answering` is.
+
+    Args:
+      folder: what an export wrote.
+      config: of the model that was exported.
+
+    Raises:
+      BenchError: torch or transformers is not installed.
+    """
+    import_both()
+    import torch
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    model = model.to(device).eval()
+
+    def answer(prepared: Prepared, rows: int, tokens: int) -> np.ndarray:
+        ids = torch.tensor(prepared.token_ids[None].astype(np.int64), device=device).repeat(rows, 1)
+        inputs: dict[str, Any] = {"input_ids": ids, "downsample_mode": config.mode}
+        if prepared.plans:
+            grids = [view.patch_grid for plan in prepared.plans for view in plan.views]
+            pixels = packed_pixels(prepared.views, grids, config.merge_levels(), config)
+            inputs["pixel_values"] = torch.tensor(pixels, device=device, dtype=dtype)
+            inputs["target_sizes"] = torch.tensor(np.array(grids, np.int32))
+        with torch.no_grad():
+            said = model.generate(
+                **inputs, do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0
+            )
+        return said[:, ids.shape[1] :].cpu().numpy()
+
+    return answer
 
 
 def _made(case: Case, name: str) -> tuple[Any, Any, str] | None:

@@ -5,8 +5,9 @@
 
 Parts run apart on random inputs that fill the stage's largest bucket, on the first device; the step runs on all of them
 in the configuration's mesh, and once more with the stage's own data, where that is there. --parts=pipeline times files
-of several sizes on their way to the device instead. With --against=torch the same shapes go through transformers'
-classes in turns with ours, compiled by torch.compile where that works.
+of several sizes on their way to the device instead, --parts=generation answers of the model: the first token and
+further ones, alone and --rows (8) together. With --against=torch the same shapes go through transformers' classes in
+turns with ours, parts compiled by torch.compile where that works.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from uhd_jax.config import RunConfig
 
 CONFIG = "required"
 PARTS = ("tower", "connector", "decoder", "step", "data")
-OTHERS = ("pipeline",)
+OTHERS = ("pipeline", "generation")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from uhd_jax.cli.common import fraction, not_negative, number, positive, whole_file
+from uhd_jax.cli.common import above_zero, fraction, not_negative, number, positive, whole_file
 from uhd_jax.config import MODES, RunConfig
 
 CONFIG = "none"
@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=fraction, default=1.0, metavar="X", help="likeliest share to sample from")
     parser.add_argument("--top-k", type=not_negative, default=0, metavar="N", help="sample from N tokens; 0: from all")
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="seed of sampling")
+    parser.add_argument(
+        "--repetition-penalty", type=above_zero, default=1.0, metavar="X", help="above 1: against repetitions"
+    )
     parser.add_argument("--mode", choices=MODES, help="4x leaves the compressor out (default: the model's)")
     parser.add_argument("--max-slices", type=positive, metavar="N", help="replaces the model's limit")
     parser.add_argument(
@@ -122,6 +125,7 @@ class _Chat:
                 top_p=arguments.top_p,
                 top_k=arguments.top_k,
                 seed=arguments.seed,
+                repetition_penalty=arguments.repetition_penalty,
                 max_slices=arguments.max_slices,
                 mode=arguments.mode,
                 thinking=arguments.thinking,

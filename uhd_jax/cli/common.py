@@ -58,6 +58,13 @@ def fraction(text: str) -> float:
     return value
 
 
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    if not (value := number(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def folder(text: str) -> Path:
     """A folder that is there or can be made."""
     if not text:  # which pathlib takes for the current folder

@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uhd_jax.cli.common import UsageError, file_to_write, number, positive, whole_file, write_json
+from uhd_jax.cli.common import UsageError, above_zero, file_to_write, number, positive, whole_file, write_json
 from uhd_jax.config import MODES, RunConfig
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _OF_PROCESS = (0, 0)  # shards are the processes of the launch
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `uhd-jax evaluate`."""
     from uhd_jax.evaluation.metrics.styles import STYLES
-    from uhd_jax.evaluation.names import PRESETS, TASKS
+    from uhd_jax.evaluation.names import PRESETS, PROMPTS, TASKS
 
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the folder of a training run or of a model")
     parser.add_argument("--task", required=True, choices=TASKS, metavar="TASK", help=", ".join(TASKS))
@@ -48,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     asking = parser.add_argument_group("how it is asked")
     asking.add_argument("--preset", choices=PRESETS, help="the settings of a paper (default: plain)")
-    asking.add_argument(
-        "--prompts", choices=("llava", "minicpm", "minicpm_steps", "bare"), help="the form of the prompts"
-    )
+    asking.add_argument("--prompts", choices=PROMPTS, help="the form of the prompts")
     asking.add_argument("--max-slices", type=positive, metavar="N", help="slices per image")
     asking.add_argument("--long-side", type=positive, metavar="N", help="resize images to so many pixels first")
     asking.add_argument(
@@ -59,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_argument("--beams", type=positive, metavar="N", help="width of the beam search; 1: greedy")
     asking.add_argument("--temperature", type=number, metavar="X", help="of sampling; 0: greedy")
     asking.add_argument("--max-new-tokens", type=positive, metavar="N", help="length of an answer")
+    asking.add_argument(
+        "--repetition-penalty", type=above_zero, metavar="X", help="above 1: against repetitions (MiniCPM-V 4.6: 1.2)"
+    )
+    asking.add_argument(
+        "--thinking", action=argparse.BooleanOptionalAction, help="think before the answer (default: the model's habit)"
+    )
     asking.add_argument("--mode", choices=MODES, help="4x leaves the compressor out (default: the model's)")
     scoring = parser.add_argument_group("scores")
     scoring.add_argument(
@@ -126,6 +130,7 @@ def _run(arguments: argparse.Namespace, model: Any) -> Run:
     from uhd_jax.evaluation import digit_pages, presets, runner, tasks
 
     names = ("prompts", "max_slices", "long_side", "upsize", "beams", "temperature", "max_new_tokens", "mode")
+    names += ("repetition_penalty", "thinking")
     replaced = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     name, weights = os.path.basename(os.path.abspath(arguments.checkpoint)), runner.weights_stamp(arguments.checkpoint)
     marks: dict[str, Any] = {"model": name, "weights": weights}

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 
-from uhd_jax.cli.common import file_to_write, fraction, not_negative, number, positive, write_json
+from uhd_jax.cli.common import above_zero, file_to_write, fraction, not_negative, number, positive, write_json
 from uhd_jax.config import MODES, RunConfig
 
 CONFIG = "none"
@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-k", type=not_negative, default=0, metavar="N", help="sample from N tokens; 0: from all")
     parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="seed of sampling")
+    parser.add_argument(
+        "--repetition-penalty", type=above_zero, default=1.0, metavar="X", help="above 1: against repetitions"
+    )
+    parser.add_argument("--beams", type=positive, default=1, metavar="N", help="width of a beam search; 1: none")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="the answer ends before it; may be repeated"
+    )
     parser.add_argument("--mode", choices=MODES, help="4x leaves the compressor out (default: the model's)")
     parser.add_argument(
         "--thinking", action=argparse.BooleanOptionalAction, help="think before the answer (default: the model's habit)"
@@ -57,6 +64,9 @@ def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
         top_p=arguments.top_p,
         top_k=arguments.top_k,
         seed=arguments.seed,
+        repetition_penalty=arguments.repetition_penalty,
+        beams=arguments.beams,
+        stop=arguments.stop,
         max_slices=arguments.max_slices,
         mode=arguments.mode,
         thinking=arguments.thinking,

@@ -103,7 +103,7 @@ class DigitPagesTask:
             **{f"accuracy_{views}": self._digits_right(pages, views) for views in _VIEWS},
             "chance": float(digit_frequencies("held_out").max()),
             **{
-                f"questions_{views}": mean([float(ask.get(views) == ask["expected"]) for ask in asks])
+                f"questions_{views}": mean([float(ask[views] == ask["expected"]) for ask in asks if views in ask])
                 for views in _VIEWS
             },
             "questions_chance": _constant_answer(asks) if asks else float("nan"),

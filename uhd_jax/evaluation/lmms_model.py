@@ -97,6 +97,7 @@ class UhdJax(lmms):
             temperature=float(sampling),
             max_new_tokens=int(options.get("max_new_tokens") or _DEFAULT_NEW_TOKENS),
             mode=self._settings.mode,
+            repetition_penalty=float(options.get("repetition_penalty") or 1.0),
         )
         more = {"top_p": float(options["top_p"])} if sampling and options.get("top_p") else {}
         answers = self._model.generate(asked, max_slices=self._max_slices, **generation(settings), **more)

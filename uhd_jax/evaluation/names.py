@@ -19,4 +19,5 @@ BENCHMARKS = (
     "refcoco",
 )
 TASKS = ("digit_pages", *BENCHMARKS)
-PRESETS = ("plain", "v1", "v2", "v4")
+PRESETS = ("plain", "v1", "v2", "v4", "4.6", "4.6-thinking")
+PROMPTS = ("llava", "minicpm", "minicpm_steps", "minicpm_4_6", "minicpm_4_6_steps", "bare")

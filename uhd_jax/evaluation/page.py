@@ -23,8 +23,12 @@ body {{ font: 15px/1.45 system-ui, sans-serif; color: #1f2933; max-width: 76rem;
 h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.1rem; margin-top: 2rem }}
 table {{ border-collapse: collapse }} td, th {{ padding: .2rem 1rem .2rem 0; text-align: left; vertical-align: top }}
 td.number {{ text-align: right; font-variant-numeric: tabular-nums }}
-article {{ display: flex; gap: 1.25rem; border-top: 1px solid #cbd2d9; padding: 1rem 0 }}
-figure {{ flex: 0 0 {side}px; margin: 0 }} figure img {{ max-width: 100%; display: block; margin-bottom: .5rem }}
+article, .tables {{ display: flex; gap: 1.25rem; border-top: 1px solid #cbd2d9; padding: 1rem 0 }}
+.tables {{ gap: 1rem 5rem; flex-wrap: wrap; border: 0; padding: 0 }}
+.tables th {{ font-weight: normal; color: #616e7c }}
+.images {{ flex: 0 0 {side}px }} figure {{ margin: 0 0 .75rem }} figure img {{ max-width: 100%; display: block }}
+figcaption {{ font-size: .85rem; margin-top: .25rem }}
+@media (max-width: 45rem) {{ article {{ flex-direction: column }} .images {{ flex: none }} }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font: inherit }} .muted {{ color: #616e7c }}
 .score {{ font-weight: 600; padding: 0 .5rem; border-radius: .25rem }}
 .right {{ background: #bbf7d0 }} .partly {{ background: #fde68a }} .wrong {{ background: #fecaca }}
@@ -56,9 +60,11 @@ def page(
     parts = [
         _HEAD.format(title=html.escape(title), side=_SIDE),
         f"<h1>{html.escape(title)}</h1>",
+        '<div class="tables"><section><h2>Scores</h2>',
         _table(scores),
-        "<h2>Settings</h2>",
-        _table(settings),
+        "</section><section><h2>Settings</h2>",
+        _table(settings, "the model's"),
+        "</section></div>",
         f"<h2>{counted}</h2>",
         *(_article(line, images(line["index"])) for line in chosen),
         "</body></html>\n",
@@ -80,24 +86,32 @@ def _evenly(lines: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str,
     return [lines[number * len(lines) // count] for number in range(count)]
 
 
-def _table(values: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><th>{html.escape(str(key))}</th>{_cell(value)}</tr>" for key, value in values.items())
+def _table(values: Mapping[str, Any], absent: str = "") -> str:
+    """Numbers to the right, where nothing else stands among them; `absent` stands for None."""
+    words = {None: absent, True: "yes", False: "no"}
+
+    def cell(value: Any) -> str:
+        if value is None or isinstance(value, bool):
+            return f"<td>{html.escape(words[value])}</td>"
+        text = html.escape(f"{value:.6g}" if isinstance(value, float) else str(value))
+        return (
+            f'<td class="number">{text}</td>' if isinstance(value, int | float) and not absent else f"<td>{text}</td>"
+        )
+
+    rows = "".join(f"<tr><th>{html.escape(str(key))}</th>{cell(value)}</tr>" for key, value in values.items())
     return f"<table>{rows}</table>"
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f'<td class="number">{value:.4f}</td>'
-    return f"<td>{html.escape(str(value))}</td>"
-
-
 def _article(line: Mapping[str, Any], images: Sequence[np.ndarray]) -> str:
-    pictures = "".join(f'<img alt="" src="data:image/jpeg;base64,{_jpeg(image)}">' for image in images)
-    views = ", ".join(_views(plan) for plan in line["views"])
+    pictures = "".join(
+        f'<figure><img alt="" src="data:image/jpeg;base64,{_jpeg(image)}">'
+        f'<figcaption class="muted">{html.escape(_views(plan))}</figcaption></figure>'
+        for image, plan in zip(images, line["views"], strict=False)
+    )
     mark = "right" if line["score"] >= 1 else "partly" if line["score"] > 0 else "wrong"
     rows = {
         "prompt": line["prompt"],
-        "answer": line["output"],
+        "answer": line["output"].strip("\n") or "(nothing)",
         "read as": line["parsed"] if line["parsed"] != line["output"].strip() else "",
         "expected": " | ".join(dict.fromkeys(line["expected"])),
     }
@@ -107,7 +121,7 @@ def _article(line: Mapping[str, Any], images: Sequence[np.ndarray]) -> str:
         if text
     )
     return (
-        f'<article><figure>{pictures}<figcaption class="muted">{html.escape(views)}</figcaption></figure><div>'
+        f'<article><div class="images">{pictures}</div><div>'
         f'<p><span class="score {mark}">{line["score"]:.3g}</span> '
         f'<span class="muted">{html.escape(str(line["id"]))} &middot; {html.escape(str(line["where"]))}</span></p>'
         f"<table>{body}</table></div></article>"

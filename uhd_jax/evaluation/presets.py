@@ -1,6 +1,7 @@
 """How a benchmark is asked: the settings under which the papers' scores were made, by name.
 
-Sources: spec v1-v2 sections 1.4 and 8.1, spec v4 section 1.2. Every value can be replaced on the command line.
+Sources: spec v1-v2 sections 1.4 and 8.1, spec v4 section 1.2; MiniCPM-V 4.6's settings are those of VLMEvalKit's class
+`MiniCPM_V_4_6`. Every value can be replaced on the command line.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from PIL import Image
 from uhd_jax.evaluation.benchmarks import Kind
 from uhd_jax.evaluation.samples import IMAGE_MARK, LETTERS, Sample
 
-Prompts = Literal["llava", "minicpm", "minicpm_steps", "bare"]
+Prompts = Literal["llava", "minicpm", "minicpm_steps", "minicpm_4_6", "minicpm_4_6_steps", "bare"]
 
 UPSIZE_AREA = 1344**2  # pixels, up to which a small image is enlarged by chance
 
@@ -35,6 +36,8 @@ class Settings:
     temperature: float = 0.0
     max_new_tokens: int = 64
     mode: str | None = None  # "16x" or "4x"; None: the model's
+    repetition_penalty: float = 1.0
+    thinking: bool | None = None  # whether the model thinks first; None: its habit
 
 
 _SHORT = 128  # new tokens of LLaVA's loader
@@ -42,6 +45,8 @@ _LONG = 1024
 _V1_BEAMS = {"vqav2": 3, "gqa": 3, "textvqa": 3, "vizwiz": 3, "scienceqa": 3, "mme": 5}
 _V2_BEAMS = _V1_BEAMS | {"refcoco": 3, "ocrbench": 3, "mmmu": 3, "mmbench": 3, "mmstar": 3}
 _V2_NATIVE = ("ai2d", "ocrbench", "mmmu", "mmbench", "mmstar")
+_V46_STEPS = ("mmmu", "mmstar", "ocrbench", "mmbench", "ai2d")
+_V46_UPSIZE = (*_V46_STEPS, "chartqa", "textvqa", "docvqa")
 _V4_STEPS = ("mmmu", "mmstar", "ocrbench", "chartqa")  # asked to think step by step, and with enlarged images
 
 
@@ -71,7 +76,34 @@ def _v4(benchmark: str) -> Settings:
     )
 
 
-PRESETS = {"plain": lambda benchmark: Settings(), "v1": _v1, "v2": _v2, "v4": _v4}
+def _v46(benchmark: str) -> Settings:
+    return Settings(
+        "minicpm_4_6_steps" if benchmark in _V46_STEPS else "minicpm_4_6",
+        max_slices=9,
+        upsize=benchmark in _V46_UPSIZE,
+        beams=3,
+        max_new_tokens=8192,
+        mode="4x",
+        repetition_penalty=1.2,
+        thinking=False,
+    )
+
+
+def _v46_thinking(benchmark: str) -> Settings:
+    """It samples, so that scores differ from seed to seed; ours is 0."""
+    steps = "minicpm_4_6_steps"
+    sampled = {"beams": 1, "temperature": 0.7, "repetition_penalty": 1.0, "thinking": True}
+    return dataclasses.replace(_v46(benchmark), prompts=steps, upsize=True, **sampled)
+
+
+PRESETS = {
+    "plain": lambda benchmark: Settings(),
+    "v1": _v1,
+    "v2": _v2,
+    "v4": _v4,
+    "4.6": _v46,
+    "4.6-thinking": _v46_thinking,
+}
 
 _WORD = "Answer the question using a single word or phrase."
 _LETTER = "Answer with the option's letter from the given choices directly."
@@ -94,7 +126,8 @@ def prompt_text(sample: Sample, kind: Kind, prompts: Prompts) -> str:
       sample: the question; where a question file holds the instruction already, it is not repeated.
       kind: of the benchmark.
       prompts: "llava": of LLaVA-1.5's scripts. "minicpm": of MiniCPM-V in VLMEvalKit, and "minicpm_steps" to think step
-        by step. "bare": the question and its options alone.
+        by step; the same for 4.6, whose answers are read differently (`final_answer`). "bare": the question and its
+        options alone.
     """
     options = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, sample.options, strict=False))
     question = sample.question
@@ -113,7 +146,7 @@ def prompt_text(sample: Sample, kind: Kind, prompts: Prompts) -> str:
             question = re.sub(r"\s*Please answer yes or no\.$", "", question)
         return f"{hint}{question}\n{options}{instruction}"
     hint = f"Hint: {sample.hint}\n" if sample.hint else ""
-    if prompts == "minicpm_steps":
+    if prompts.endswith("_steps"):
         lead = _STEPS_CHOICE if options or sample.letters else _STEPS_TEXT if kind == "text" else _STEPS_SHORT
         return f"{lead}{hint}{question}\n{options}" if kind == "choice" else lead + question
     if kind == "choice":
@@ -141,11 +174,22 @@ def conversation(text: str, images: tuple[Any, ...]) -> list[dict[str, Any]]:
 
 
 def final_answer(output: str, kind: Kind, prompts: Prompts) -> str:
-    """What comes behind the last "Answer:" of an output that was asked to think step by step; else the output."""
-    if prompts != "minicpm_steps" or kind == "text":
+    """What an output that was asked to think step by step says last; else the output.
+
+    That is what comes behind the last "Answer:". Of MiniCPM-V 4.6 also "Answer is" and the Chinese for it, and whatever
+    was asked, thoughts up to "</think>" are left out, and an <answer> is the answer.
+    """
+    letter = r"Answer:\s*([A-Ia-i])(?![A-Za-z])"
+    if prompts.startswith("minicpm_4_6"):
+        letter = r"(?:Answer(?:\s+is|:)|\u7b54\u6848(?:\u662f|\u4e3a)?[:\uff1a]?)\s*([A-Ja-j])(?![A-Za-z])"
+        thoughts, mark, said = output.rpartition("</think>")
+        output = said.strip() if mark else output
+        if found := re.search(r"<answer>(.*?)</answer>", output, re.DOTALL):
+            return found[1].strip()
+    if not prompts.endswith("_steps") or kind == "text":
         return output
     if kind == "choice":
-        found = re.findall(r"Answer:\s*([A-Ia-i])(?![A-Za-z])", output)
+        found = re.findall(letter, output)
         return found[-1].upper() if found else output
     found = re.search(r"Answer:\s*(.*)\s*$", output, re.DOTALL)
     return found[1] if found else output

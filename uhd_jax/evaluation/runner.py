@@ -206,7 +206,8 @@ def _answer(run: Run, model: Assistant, rows: Sequence[int]) -> list[Line]:
 def generation(settings: Settings) -> dict[str, Any]:
     """Arguments of `Assistant.generate`."""
     chosen = {"max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature, "mode": settings.mode}
-    return chosen | ({"beams": settings.beams} if settings.beams > 1 else {})
+    plain, others = Settings(), ("beams", "repetition_penalty", "thinking")
+    return chosen | {name: value for name in others if (value := getattr(settings, name)) != getattr(plain, name)}
 
 
 def _placed(error: ValueError, places: Sequence[str]) -> ValueError:
@@ -278,6 +279,8 @@ def finish(run: Run, style: Style) -> tuple[dict[str, Any], list[Line]]:
         scored.append((sample, outcome))
         kept.append(line | {"expected": list(sample.answers), "parsed": outcome.parsed, "score": outcome.score})
     summary = run.task.summarise(scored, style)
+    # Of the first rows alone some scores have no question, and JSON no NaN.
+    summary = {key: value for key, value in summary.items() if value == value}
     text = [{"settings": run.header}, *kept]
     partial = run.own_file.with_name(f".{run.own_file.name}.partial")
     partial.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in text), encoding="utf-8")

@@ -21,6 +21,7 @@ from uhd_jax.convert.source import Source, open_source
 from uhd_jax.data.chat import ChatError, EncodedSample, encode_chat, visual_places
 from uhd_jax.data.packing import fill_batch
 from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
+from uhd_jax.generation import decode
 from uhd_jax.generation.prompt import Conversation, Image, PromptError, Video, as_list, is_single, parse, requests
 from uhd_jax.generation.request import AnswerOptions, Request
 from uhd_jax.generation.runner import Runner
@@ -92,6 +93,10 @@ class Assistant:
         """Ids that end an answer."""
         chat = self.config.chat
         return frozenset(self.tokenizer.special(mark) for mark in (chat.turn_end, chat.padding, *chat.stop))
+
+    @functools.cached_property
+    def _computed(self) -> Any:
+        return decode.as_computed(self.params, self.config)
 
     def prepare(
         self,
@@ -203,6 +208,7 @@ class Assistant:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
         beams: int = 1,
         length_penalty: float = 1.0,
@@ -223,6 +229,7 @@ class Assistant:
           top_k: keep the k likeliest tokens when sampling; 0 keeps all.
           top_p: keep the likeliest tokens of this total probability when sampling.
           seed: of sampling, from 0 to 2**32 - 1.
+          repetition_penalty: above 1 against tokens of the prompt and the answer so far, as transformers'.
           stop: texts before which an answer ends.
           beams: more than 1 for beam search, at most 5, as transformers' `num_beams`; without sampling.
           length_penalty: of beam search: scores are divided by an answer's length to this power.
@@ -240,7 +247,7 @@ class Assistant:
             with the prompt's index, as in "prompt[2]: ".
           ValueError: a sampling option out of its range.
         """
-        sampling = Sampling(temperature, top_k, top_p, seed)
+        sampling = Sampling(temperature, top_k, top_p, seed, repetition_penalty=repetition_penalty)
         options = AnswerOptions(
             max_new_tokens, sampling, stop if isinstance(stop, str) else tuple(stop), beams, length_penalty,
             early_stopping,
@@ -297,7 +304,7 @@ class Assistant:
             max(asked.max_new_tokens for asked in options),
             *_views_and_patches([picture for one in prepared for picture in one.pictures]),
         )
-        Runner(self.config, self.params, self.encoder, shapes).run(requests)
+        Runner(self.config, self._computed, self.encoder, shapes).run(requests)
         return requests
 
     def check_room(self, prepared: Prepared, max_new_tokens: int) -> None:

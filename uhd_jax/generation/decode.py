@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from uhd_jax.config import ModelConfig
-from uhd_jax.generation.sampling import Draws, choose
+from uhd_jax.generation.sampling import Draws, choose, penalised
 from uhd_jax.models import uhd
 from uhd_jax.sharding.rules import BATCH_AXES
 
@@ -27,6 +27,7 @@ class State(NamedTuple):
 
     cache: dict[str, jax.Array]  # `models.decoder.Cache` of R rows
     tokens: jax.Array  # int32[R], chosen last
+    seen: jax.Array  # bool[R, V], tokens of the prompt and of the answer but for the one chosen last
 
 
 class Prompts(NamedTuple):
@@ -51,9 +52,25 @@ class Chosen(NamedTuple):
     """What a program tells the host; the last three are None unless asked for."""
 
     tokens: jax.Array  # int32[.]
-    log_probability: jax.Array | None  # float32[.], of the token, at temperature 1
+    log_probability: jax.Array | None  # float32[.], of the token, at temperature 1 and without a penalty
     likeliest: jax.Array | None  # int32[., N], the likeliest first
-    log_probabilities: jax.Array | None  # float32[., N]
+    log_probabilities: jax.Array | None  # float32[., N], those of beams with their penalty
+
+
+def as_computed(params: Any, config: ModelConfig) -> Any:
+    """Parameters with the decoder's matrices in the dtype of the computation; the same ones where that is float32.
+
+    Every step would otherwise read them in float32 to cast them. What is computed stays the same bit for bit, as all
+    that is only multiplied is cast, and nothing else.
+    """
+
+    if config.dtype == "float32":
+        return params
+
+    def cast(path, leaf):
+        return leaf.astype(config.dtype) if path[-1].key in ("kernel", "embedding", "head") else leaf
+
+    return {**params, "decoder": jax.tree_util.tree_map_with_path(cast, params["decoder"])}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "length", "mesh"))
@@ -69,7 +86,7 @@ def start(config: ModelConfig, rows: int, length: int, mesh: Mesh | None = None)
         shapes["state"] = (delta, rows, decoder.delta_value_heads, decoder.delta_key_dim, decoder.delta_value_dim)
     kinds = {"state": jnp.float32}
     cache = {name: jnp.zeros(shape, kinds.get(name, dtype)) for name, shape in shapes.items()}
-    return pinned(State(cache, jnp.zeros(rows, jnp.int32)), mesh)
+    return pinned(State(cache, jnp.zeros(rows, jnp.int32), jnp.zeros((rows, decoder.vocab_size), bool)), mesh)
 
 
 def within(mesh: Mesh | None) -> Any:
@@ -91,7 +108,7 @@ def pinned(state: State, mesh: Mesh | None) -> State:
     axes = {"key": lambda a: (None, heads(a, 3)), "value": lambda a: (None, heads(a, 3))}
     axes |= {"conv": lambda a: (), "state": lambda a: (heads(a, 2),)}
     cache = {name: pin(array, None, BATCH_AXES, *axes[name](array)) for name, array in state.cache.items()}
-    return State(cache, pin(state.tokens, BATCH_AXES))
+    return State(cache, pin(state.tokens, BATCH_AXES), pin(state.seen, BATCH_AXES))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames=("state",))
@@ -120,9 +137,12 @@ def prefill(
             cache[name] = cache[name].at[:, rows, :length].set(new, mode="drop")
         else:
             cache[name] = cache[name].at[:, rows].set(new.astype(cache[name].dtype), mode="drop")
-    tokens = choose(logits, draws)
-    state = State(cache, state.tokens.at[rows].set(tokens, mode="drop"))
-    return pinned(state, mesh), _told(logits, tokens, True)
+    count, vocab_size = logits.shape
+    read = jnp.where(segments > 0, prompts.tokens, vocab_size)
+    seen = jnp.zeros(logits.shape, bool).at[jnp.arange(count)[:, None], read].set(True, mode="drop")
+    tokens = choose(logits, draws, seen)
+    state = State(cache, state.tokens.at[rows].set(tokens, mode="drop"), state.seen.at[rows].set(seen, mode="drop"))
+    return pinned(state, mesh), _told(logits, tokens, True, draws, seen)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "window", "likeliest", "mesh"), donate_argnames=("state",))
@@ -148,28 +168,33 @@ def decode(
       likeliest: rows may continue the past of others, and the likeliest tokens are told.
       mesh: where the parameters lie, or None.
     """
-    cache = _reordered(state.cache, step.parents, window) if likeliest else state.cache
+    cache, seen = state.cache, state.seen
+    if likeliest:
+        cache, seen = _reordered((cache, seen), step.parents, window)
     tokens = jnp.where(step.tokens >= 0, step.tokens, state.tokens)
     with within(mesh):
         logits, cache = uhd.decode_step(params, tokens, step.index, cache, config, window)
-    chosen = choose(logits, draws)
-    return pinned(State(cache, chosen), mesh), _told(logits, chosen, likeliest)
+    seen = seen.at[jnp.arange(len(tokens)), tokens].set(True)
+    chosen = choose(logits, draws, seen)
+    return pinned(State(cache, chosen, seen), mesh), _told(logits, chosen, likeliest, draws, seen)
 
 
-def _reordered(cache, parents, window):
-    def move(cache):
+def _reordered(past, parents, window):
+    def move(past):
+        cache, seen = past
         moved = {name: array[:, parents] for name, array in cache.items() if name in ("conv", "state")}
         for name in ("key", "value"):
             moved[name] = cache[name].at[:, :, :window].set(cache[name][:, parents, :window])
-        return moved
+        return moved, seen[parents]
 
-    return jax.lax.cond(jnp.any(parents != jnp.arange(len(parents))), move, lambda cache: cache, cache)
+    return jax.lax.cond(jnp.any(parents != jnp.arange(len(parents))), move, lambda past: past, past)
 
 
-def _told(logits, tokens, likeliest):
+def _told(logits, tokens, likeliest, draws, seen):
     if not likeliest:
         return Chosen(tokens, None, None, None)
     log_probabilities = jax.nn.log_softmax(logits)
-    best, ids = jax.lax.top_k(log_probabilities, min(LIKELIEST, logits.shape[-1]))
     own = jnp.take_along_axis(log_probabilities, tokens[:, None], axis=-1)[:, 0]
+    of_beams = penalised(log_probabilities, seen, draws.beam_penalty)
+    best, ids = jax.lax.top_k(of_beams, min(LIKELIEST, logits.shape[-1]))
     return Chosen(tokens, own, ids, best)

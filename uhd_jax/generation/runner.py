@@ -46,7 +46,8 @@ class Runner:
     def __init__(
         self, config: ModelConfig, params: Any, encoder: VisualEncoder, shapes: Shapes, mesh: Mesh | None = None
     ):
-        self.config, self.params, self.encoder, self.shapes, self.mesh = config, params, encoder, shapes, mesh
+        self.config, self.encoder, self.shapes, self.mesh = config, encoder, shapes, mesh
+        self.params = decode.as_computed(params, config)
         self.running: list[Request] = []
         self.steps = 0
         self._free = list(range(shapes.rows))[::-1]
@@ -156,7 +157,7 @@ class Runner:
                 prompts.is_visual[place, at] = True
             used += count
             request.pictures = ()  # a waiting answer need not hold them any longer
-            set_draws(draws, place, request.options.sampling, 0, self.config.decoder.vocab_size)
+            self._set_draws(draws, place, request, 0)
         return prompts, draws
 
     def _next_step(self):
@@ -172,11 +173,13 @@ class Runner:
                     parent = 0 if request.dispatched == 1 else request.parents[beam]
                     step.parents[row] = request.rows[parent]
                     step.tokens[row] = request.beams.last_tokens[beam]
-                else:
-                    vocab_size = self.config.decoder.vocab_size
-                    set_draws(draws, row, request.options.sampling, request.dispatched, vocab_size)
+                self._set_draws(draws, row, request, request.dispatched)
             going_on.append((request, list(request.rows)))
         return step, draws, fit(int(step.index.max()) + 1, self.shapes.lengths), going_on
+
+    def _set_draws(self, draws, row, request, step):
+        vocab_size, beams = self.config.decoder.vocab_size, request.beams is not None
+        set_draws(draws, row, request.options.sampling, step, vocab_size, beams)
 
     def _look(self, ahead: int) -> None:
         """Looks at the results of all started programs but the last `ahead`."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from uhd_jax.config import ModelConfig
 from uhd_jax.slicing.plan import ImageRefused, Size, plan_image
 
+WINDOW = 2048  # tokens from which on a decode step of a short beginning need not attend to the room of a long answer
 TOGETHER = 2**15  # tokens of the prompts, and patches of the views, that one program reads at most
 
 
@@ -64,10 +65,14 @@ def shapes_for(rows: int, prompts: Sequence[int], max_new_tokens: int, views: in
     """
     longest, patch_room = room(max(prompts), 32), room(max(patches, 16), 16)
     length = room(max(longest, max(prompts) + max_new_tokens))
+    between, window = [], WINDOW
+    while window < length:
+        between += [window] if window > longest else []
+        window *= 2
     return Shapes(
         rows=room(rows),
         prefill_rows=min(room(len(prompts)), max(1, TOGETHER // longest)),
-        lengths=tuple(sorted({longest, length})),
+        lengths=tuple(sorted({longest, *between, length})),
         views=(min(room(max(views, 1)), max(1, TOGETHER // patch_room)),),
         patches=(patch_room,),
     )

@@ -116,7 +116,13 @@ class Completions:
         seed = secrets.randbits(32) if asked.seed is None else asked.seed % 2**32
         return AnswerOptions(
             max_new_tokens=given or max(1, min(settings.default_new_tokens, left)),
-            sampling=Sampling(asked.temperature or 0.0, asked.top_k or 0, asked.top_p or 1.0, seed),
+            sampling=Sampling(
+                asked.temperature or 0.0,
+                asked.top_k or 0,
+                asked.top_p or 1.0,
+                seed,
+                repetition_penalty=asked.repetition_penalty or 1.0,
+            ),
             stop=tuple(_stops(asked)),
             beams=asked.beams or 1,
             length_penalty=1.0 if asked.length_penalty is None else asked.length_penalty,

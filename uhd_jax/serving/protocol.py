@@ -118,6 +118,7 @@ class ChatRequest(_Model):
     prompt_cache_key: str | None = None
     # Beyond OpenAI's.
     top_k: Annotated[int, pydantic.Field(ge=0, le=2**31 - 1)] | None = None
+    repetition_penalty: Annotated[Number, pydantic.Field(gt=0, le=100)] | None = None
     max_slices: Count | None = None
     mode: Literal[MODES] | None = None
     thinking: bool | None = None
