@@ -17,6 +17,12 @@ SAVE = {
 }
 
 
+def channels_first(patches):
+    """Patches of `cut_views`, uint8[P, 4 * side**2], as towers have them: [P, 3 * side**2], (channel, y, x)."""
+    pixels = patches.reshape(len(patches), -1, 4)[..., :3]
+    return pixels.swapaxes(1, 2).reshape(len(patches), -1)
+
+
 def encode(image, format="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, format, **options)

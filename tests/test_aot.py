@@ -113,15 +113,15 @@ def test_shapes_to_compile():
     patches = largest_view(config.model, stage)
     assert patches == 320  # of views of about 256: 32 x 32 pixels in patches of 2 x 2, and some more in other shapes
     bucket = bucket_of(config.model, stage)
-    assert bucket == Bucket(8, 40, 1000, 320, 12)  # views of 20 visual tokens, 800 of them
+    assert bucket == Bucket(8, 40, 1000, 320, 16)  # views of 20 visual tokens, 800 of them
     given = dataclasses.replace(stage, buckets=(BucketConfig(2, 16, 16), BucketConfig(3, 16, 32)))
-    assert bucket_of(config.model, given) == Bucket(8, 3, 16, 32, 12)
+    assert bucket_of(config.model, given) == Bucket(8, 3, 16, 32, 16)
     with pytest.raises(AotError, match="--stage=other: the configuration has only"):
         stage_of(config, "other")
 
 
 def test_recomputation_counts_as_executed_alone():
-    bucket = Bucket(8, 2, 64, 64, 12)
+    bucket = Bucket(8, 2, 64, 64, 16)
     none, full = (
         aot_ceiling.step_flops(
             dataclasses.replace(tiny.MODEL, tower_remat=policy, decoder_remat=policy), tiny.stage(), bucket, 4

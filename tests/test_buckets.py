@@ -105,7 +105,7 @@ def test_samples_left_over_before_go_first():
 
 
 def test_fill_counts_what_the_arrays_hold():
-    batch = empty_batch(Bucket(rows=2, slots=2, tokens=8, patches=64, patch_dim=12))
+    batch = empty_batch(Bucket(rows=2, slots=2, tokens=8, patches=64, patch_bytes=16))
     batch.segments[0, :4] = 1
     batch.patch_grids[0, 0] = (4, 8)
     assert fill_of(batch) == (0.25, 0.25, 0.125)

@@ -25,6 +25,7 @@ from uhd_jax.convert.towers import clip_shapes
 from uhd_jax.convert.transfer import export_model
 from uhd_jax.data.tokenizer import byte_tokenizer
 from uhd_jax.models import uhd
+from uhd_jax.models.patches import normalise_patches
 from uhd_jax.slicing.pixels import cut_views
 
 torch = pytest.importorskip("torch")
@@ -173,7 +174,7 @@ def _expected_logits(name: str, model: uhd_jax.Assistant, ids: np.ndarray, image
     views, run = [], jax.jit(uhd.connector(model.config).apply)
     for patches, view in zip(cut_views(image, plan, 14), plan.views, strict=True):
         rows, cols = view.patch_grid
-        pixels = np.asarray(uhd.normalise_patches(jnp.asarray(patches), model.config.tower))
+        pixels = np.asarray(normalise_patches(jnp.asarray(patches), model.config.tower))
         picture = pixels.reshape(rows, cols, 3, 14, 14).transpose(2, 0, 3, 1, 4).reshape(1, 3, 14 * rows, 14 * cols)
         with torch.no_grad():
             out = _clip(width)(torch.tensor(picture), interpolate_pos_encoding=True, output_hidden_states=True)

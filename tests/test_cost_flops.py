@@ -279,7 +279,7 @@ STAGES = {
 )
 def test_training_a_connector_counts_the_gradients_that_are_needed(kind, stage):
     config, trainable = CONNECTORS[kind], STAGES[stage]
-    bucket = Bucket(2, 2, 80, 16, config.tower.patch_dim)
+    bucket = Bucket(2, 2, 80, 16, config.tower.patch_bytes)
     work = full_work(bucket)
     counted, overhead = cost.train_flops(config, work, trainable), cost.overhead_flops(config, work)
     executed = traced_training(config, bucket, trainable)
@@ -300,7 +300,7 @@ WIDE = dataclasses.replace(
     decoder_remat="none",
     loss_chunk=10_000,
 )
-WIDE_BUCKET = dataclasses.replace(tiny.BUCKET, patches=64, tokens=32, patch_dim=WIDE.tower.patch_dim)
+WIDE_BUCKET = dataclasses.replace(tiny.BUCKET, patches=64, tokens=32, patch_bytes=WIDE.tower.patch_bytes)
 
 
 def compiled_train_flops(trainable):

@@ -25,7 +25,7 @@ V1 = dataclasses.replace(
     compressor=CompressorConfig("none"),
     connector=ConnectorConfig("spatial_resampler", query_side=4, heads=4),
 )
-BUCKET = Bucket(rows=2, slots=3, tokens=384, patches=256, patch_dim=V4.tower.patch_dim)
+BUCKET = Bucket(rows=2, slots=3, tokens=384, patches=256, patch_bytes=V4.tower.patch_bytes)
 
 
 def with_remat(config, remat):
@@ -64,7 +64,7 @@ def test_what_is_frozen_keeps_less_and_parameters_are_not_counted():
 
 def test_a_pyramid_works_on_its_windows():
     config = tiny.KINDS["hiwin"]
-    bucket = dataclasses.replace(BUCKET, patch_dim=config.tower.patch_dim)
+    bucket = dataclasses.replace(BUCKET, patch_bytes=config.tower.patch_bytes)
     windows = 2 * 6 * 256 * (4 + 6) ** 2 * 16 * 4  # views, patches, cells of a window, width, float32; and gradients
     assert activations(config, bucket, ("decoder",)).worked_on == windows
 

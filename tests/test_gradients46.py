@@ -43,7 +43,7 @@ def test_gradients_of_every_parameter(tmp_path, text_type, tied, mode, tolerance
     sample = encode_chat(MESSAGES, plans, ours.tokenizer, config.chat)
     views = [view for picture, plan in zip(PICTURES, plans, strict=True) for view in cut_views(picture, plan, 14)]
     patches = max(map(len, views))
-    bucket = Bucket(1, len(views), len(sample.tokens) + 7, patches, config.tower.patch_dim)
+    bucket = Bucket(1, len(views), len(sample.tokens) + 7, patches, config.tower.patch_bytes)
     batch = fill_batch([[(sample, views)]], bucket, config.visual_tokens(patches))
     (loss, count), gradient = jax.jit(
         jax.value_and_grad(lambda params: uhd.loss_sums(params, batch, config), has_aux=True)

@@ -90,8 +90,8 @@ def test_one_pixel():
     assert image.tolist() == [[[1, 2, 3]]]
     plan = make_plan(Size(1, 1), SlicingConfig(), 14, 2)
     (patches,) = cut_views(image, plan, 14)
-    assert patches.shape == (1024, 588)
-    assert (patches.reshape(1024, 3, 196) == np.array([1, 2, 3])[:, None]).all()
+    assert patches.shape == (1024, 784)
+    assert (patches.reshape(1024, 196, 4)[..., :3] == [1, 2, 3]).all()
 
 
 # Orientation

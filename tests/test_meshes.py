@@ -74,7 +74,7 @@ def stage_named(name):
 def make_batch(model, seed):
     """Two samples in each row, one with two views, the other with one; a length that no mesh axis divides."""
     random = np.random.default_rng(seed)
-    bucket = Bucket(rows=16, slots=3, tokens=27, patches=16, patch_dim=model.tower.patch_dim)
+    bucket = Bucket(rows=16, slots=3, tokens=27, patches=16, patch_bytes=model.tower.patch_bytes)
     batch = tiny.batch(seed, bucket)
     batch.segments[:, 15:25] = 2
     batch.positions[:, 15:25] -= 15

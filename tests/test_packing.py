@@ -73,7 +73,7 @@ def test_arrays_of_a_batch():
     first, first_views = sample(rng, [(112, 224)], answer="ab")
     text, _ = sample(rng, [])
     second, second_views = sample(rng, [(112, 112), (224, 224)], answer="c")
-    bucket = Bucket(rows=3, slots=10, tokens=256, patches=96, patch_dim=588)
+    bucket = Bucket(rows=3, slots=10, tokens=256, patches=96, patch_bytes=784)
     batch = fill_batch(
         [
             [(first, first_views), (text, []), (second, second_views)],
@@ -107,7 +107,7 @@ def test_arrays_of_a_batch():
 def test_a_power_of_one_weighs_every_trained_token_alike():
     rng = np.random.default_rng(0)
     made = sample(rng, [], "long answer"), sample(rng, [], "x")
-    batch = fill_batch([made], Bucket(1, 1, 256, 16, 588), 1)
+    batch = fill_batch([made], Bucket(1, 1, 256, 16, 784), 1)
     assert set(batch.loss_weights.ravel().tolist()) == {0.0, 1.0}
     assert batch.loss_weights.sum() == sum(s.trained.sum() for s, _ in made)
 
@@ -116,7 +116,7 @@ def test_a_samples_arrays_do_not_depend_on_neighbours_row_slot_or_bucket():
     rng = np.random.default_rng(3)
     target, views = sample(rng, [(150, 300)])
     others = [sample(rng, [size]) for size in ((112, 112), (300, 150), (336, 224))]
-    buckets = [Bucket(2, 24, 512, 64, 588), Bucket(1, 40, 768, 96, 588)]
+    buckets = [Bucket(2, 24, 512, 64, 784), Bucket(1, 40, 768, 96, 784)]
     seen = []
     for bucket in buckets:
         for before in ([], others[:1], others):
@@ -145,8 +145,8 @@ def test_a_samples_arrays_do_not_depend_on_neighbours_row_slot_or_bucket():
 
 def test_rows_that_do_not_fit_are_refused():
     made = sample(np.random.default_rng(0), [(224, 224)])
-    for bucket in (Bucket(1, 4, 256, 64, 588), Bucket(1, 5, 32, 64, 588), Bucket(1, 5, 256, 48, 588)):
+    for bucket in (Bucket(1, 4, 256, 64, 784), Bucket(1, 5, 32, 64, 784), Bucket(1, 5, 256, 48, 784)):
         with pytest.raises(ValueError, match="row 0 of 1 samples does not fit"):
             fill_batch([[made]], bucket, bucket.patches // 16)
     with pytest.raises(ValueError, match="2 rows do not fit"):
-        fill_batch([[made], [made]], Bucket(1, 5, 256, 64, 588), 4)
+        fill_batch([[made], [made]], Bucket(1, 5, 256, 64, 784), 4)

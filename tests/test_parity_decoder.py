@@ -53,7 +53,7 @@ def test_logits(kind):
         lambda name: config.decoder.tied_head and name == "lm_head.weight",
     )
     ids = np.random.default_rng(0).integers(0, 99, (1, 40))
-    batch = empty_batch(Bucket(rows=1, slots=0, tokens=40, patches=16, patch_dim=588))
+    batch = empty_batch(Bucket(rows=1, slots=0, tokens=40, patches=16, patch_bytes=784))
     batch.tokens[:], batch.positions[:], batch.segments[:] = ids, np.arange(40), 1
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids)).logits.numpy()

@@ -107,7 +107,7 @@ def ours(tensors, config):
 
 
 def one_row(ids):
-    batch = empty_batch(Bucket(rows=1, slots=0, tokens=len(ids), patches=16, patch_dim=588))
+    batch = empty_batch(Bucket(rows=1, slots=0, tokens=len(ids), patches=16, patch_bytes=784))
     batch.tokens[:], batch.positions[:], batch.segments[:] = ids, np.arange(len(ids)), 1
     return batch
 

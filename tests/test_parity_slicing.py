@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import pytest
+from image_files import channels_first
 
 from uhd_jax.config import SlicingConfig
 from uhd_jax.slicing.pixels import cut_views, merge_order
@@ -58,4 +59,4 @@ def test_pixels(processor, size, max_slices, mode):
     starts = np.cumsum([0] + [view.patch_grid.area for view in plan.views])
     for view, patches, start in zip(plan.views, cut_views(image, plan, 14), starts, strict=False):
         order = merge_order(view.patch_grid, plan.levels)
-        np.testing.assert_array_equal(patches, raster[start : start + len(order)][order])
+        np.testing.assert_array_equal(channels_first(patches), raster[start : start + len(order)][order])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_files import channels_first
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -49,8 +50,8 @@ def test_golden_patches(number):
     expected = expected[0].reshape(3, 14, plan.patches, 14).transpose(2, 0, 1, 3).reshape(plan.patches, -1)
     start = 0
     for view, patches in zip(plan.views, cut_views(image, plan, 14), strict=True):
-        raster = np.empty_like(patches)
-        raster[merge_order(view.patch_grid, levels)] = patches
+        raster = np.empty((len(patches), 588), np.uint8)
+        raster[merge_order(view.patch_grid, levels)] = channels_first(patches)
         np.testing.assert_array_equal(raster, expected[start : start + len(patches)])
         start += len(patches)
     assert start == plan.patches
@@ -95,9 +96,10 @@ def test_patches_are_the_views_in_merge_order(size, levels):
     views = view_pixels(image, plan)
     assert [view.shape for view in views] == [(*view.size, 3) for view in plan.views]
     for view, pixels, patches in zip(plan.views, views, cut_views(image, plan, 14), strict=True):
-        assert patches.dtype == np.uint8 and patches.shape == (view.patch_grid.area, 3 * 14**2)
+        assert patches.dtype == np.uint8 and patches.shape == (view.patch_grid.area, 4 * 14**2)
         assert patches.flags.c_contiguous and patches.flags.owndata or patches.base.flags.owndata
-        np.testing.assert_array_equal(patches, raster_patches(pixels, 14)[merge_order(view.patch_grid, levels)])
+        expected = raster_patches(pixels, 14)[merge_order(view.patch_grid, levels)]
+        np.testing.assert_array_equal(channels_first(patches), expected)
 
 
 @pytest.mark.parametrize("size", [Size(600, 800), Size(1000, 300), Size(449, 448)])

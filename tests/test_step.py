@@ -182,7 +182,7 @@ def program():
     params = jax.eval_shape(lambda: uhd.init_params(model, jax.random.key(0)))
     target = abstract_state(params, make_optimizer(OptimizerConfig(), stage), stage.trainable, mesh)
     step = make_train_step(lambda p, b, _: uhd.loss_sums(p, b, model), stage, OptimizerConfig(), target, mesh)
-    bucket = Bucket(rows=8, slots=4, tokens=96, patches=64, patch_dim=model.tower.patch_dim)
+    bucket = Bucket(rows=8, slots=4, tokens=96, patches=64, patch_bytes=model.tower.patch_bytes)
     batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=batch_sharding(mesh)), abstract_batch(bucket)
     )

@@ -227,7 +227,7 @@ def test_moonvit_takes_views_of_either_encoding(encoding, compressor):
     views = cut_views(image, plan, 14)
     assert (len(views) == 1) == (encoding == "global")
     grids = np.array([view.patch_grid for view in plan.views] + [(0, 0)], np.int32)
-    patches = np.zeros((len(grids), 256, 588), np.uint8)
+    patches = np.zeros((len(grids), 256, 784), np.uint8)
     for room, view in zip(patches, views, strict=False):
         room[: len(view)] = view
     encode = jax.jit(functools.partial(uhd.encode_views, config=config))

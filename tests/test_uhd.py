@@ -90,7 +90,7 @@ def _run(rows, bucket, config=CONFIG):
     return out
 
 
-BUCKET = Bucket(rows=1, slots=10, tokens=288, patches=96, patch_dim=588)
+BUCKET = Bucket(rows=1, slots=10, tokens=288, patches=96, patch_bytes=784)
 SLOT_TOKENS = CONFIG.visual_tokens(BUCKET.patches)
 
 
@@ -233,7 +233,7 @@ def test_views_of_any_grid_share_a_program():
         return uhd.encode_views(_params(CONFIG), patches, grids, CONFIG)
 
     outputs = [
-        encode(np.ones((2, 64, 588), np.uint8), np.array([grid, (0, 0)], np.int32))
+        encode(np.ones((2, 64, 784), np.uint8), np.array([grid, (0, 0)], np.int32))
         for grid in ((8, 8), (4, 16), (12, 4))
     ]
     assert len(traced) == 1
@@ -241,7 +241,7 @@ def test_views_of_any_grid_share_a_program():
 
 
 def test_both_modes_run_on_the_same_weights():
-    patches, grids = np.zeros((1, 64, 588), np.uint8), np.array([[8, 8]], np.int32)
+    patches, grids = np.zeros((1, 64, 784), np.uint8), np.array([[8, 8]], np.int32)
     shapes = {mode: uhd.encode_views(_params(CONFIG), patches, grids, CONFIG, mode).shape for mode in ("16x", "4x")}
     assert shapes == {"16x": (1, 4, 32), "4x": (1, 16, 32)}
 
@@ -252,7 +252,7 @@ def test_global_encoding_is_a_switch():
     sliced, alone = (_sample(0, [(200, 300)], "What?", "This.", config) for config in (CONFIG, whole))
     assert len(sliced[1]) > 1 == len(alone[1])
     assert alone[0].plans[0].thumbnail.patch_grid.area > 2 * sliced[0].plans[0].thumbnail.patch_grid.area
-    bucket = Bucket(rows=1, slots=1, tokens=128, patches=320, patch_dim=588)
+    bucket = Bucket(rows=1, slots=1, tokens=128, patches=320, patch_bytes=784)
     logits = _logits(_params(CONFIG), fill_batch([[alone]], bucket, 2), whole)
     assert np.isfinite(logits).all()
 
@@ -261,13 +261,13 @@ def test_two_rounds_without_compressor():
     config = dataclasses.replace(CONFIG, compressor=CompressorConfig("none"), connector=ConnectorConfig(rounds=2))
     params = jax.jit(uhd.init_params, static_argnums=0)(config, jax.random.key(0))
     assert "compressor" not in params["tower"] and set(params["connector"]) == {"round_0", "round_1"}
-    out = uhd.encode_views(params, np.zeros((1, 64, 588), np.uint8), np.array([[8, 8]], np.int32), config)
+    out = uhd.encode_views(params, np.zeros((1, 64, 784), np.uint8), np.array([[8, 8]], np.int32), config)
     assert out.shape == (1, 4, 32)
 
 
 def test_room_that_is_no_multiple_is_refused():
     with pytest.raises(ValueError, match="70 patches per view is not a multiple of 16"):
-        uhd.encode_views(_params(CONFIG), np.zeros((1, 70, 588), np.uint8), np.array([[8, 8]], np.int32), CONFIG)
+        uhd.encode_views(_params(CONFIG), np.zeros((1, 70, 784), np.uint8), np.array([[8, 8]], np.int32), CONFIG)
 
 
 def test_full_size_parameters():

@@ -50,7 +50,7 @@ V2 = dataclasses.replace(
 )
 MODELS = {"v1": V1, "v2": V2}
 SIZES = [[(16, 45)], [], [(4, 64), (40, 23)], [(70, 4)]]  # pixels of each sample's images
-BUCKET = Bucket(rows=4, slots=8, tokens=192, patches=32, patch_dim=V1.tower.patch_dim)
+BUCKET = Bucket(rows=4, slots=8, tokens=192, patches=32, patch_bytes=V1.tower.patch_bytes)
 
 
 @functools.cache

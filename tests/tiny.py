@@ -71,7 +71,7 @@ HYBRID = dataclasses.replace(
 )
 EVERYTHING = ("tower", "patch_embedding", "position_table", "compressor", "connector", "decoder")
 ADAPTER = ("connector", "compressor", "position_table")
-BUCKET = Bucket(rows=8, slots=2, tokens=16, patches=16, patch_dim=MODEL.tower.patch_dim)
+BUCKET = Bucket(rows=8, slots=2, tokens=16, patches=16, patch_bytes=MODEL.tower.patch_bytes)
 
 
 def stage(**changes) -> StageConfig:

@@ -23,7 +23,7 @@ class Bucket:
     slots: int
     tokens: int
     patches: int
-    patch_dim: int
+    patch_bytes: int
 
     def __str__(self) -> str:
         return f"{self.rows}x(tokens {self.tokens}, views {self.slots}x{self.patches})"
@@ -39,14 +39,14 @@ class Batch:
     segments: Any  # int32[B, T]: number of the sample in its row, from 1; 0 is padding
     loss_weights: Any  # float32[B, T]: weight of predicting this token; 0 for prompt, visual tokens, padding
     visual_index: Any  # int32[B, T]: -1 for text, else slot * (P / 4**levels) + token inside the view
-    patches: Any  # uint8[B, S, P, patch_dim]: views in merge order, (channel, y, x) inside a patch
+    patches: Any  # uint8[B, S, P, patch_bytes]: views in merge order, (y, x, RGB and an unused byte) inside a patch
     patch_grids: Any  # int32[B, S, 2]: patch rows and columns of the view; (0, 0) is an empty slot
 
     @property
     def bucket(self) -> Bucket:
         """The static shapes of this batch."""
-        rows, slots, patches, patch_dim = self.patches.shape
-        return Bucket(rows, slots, self.tokens.shape[1], patches, patch_dim)
+        rows, slots, patches, patch_bytes = self.patches.shape
+        return Bucket(rows, slots, self.tokens.shape[1], patches, patch_bytes)
 
 
 def empty_batch(bucket: Bucket) -> Batch:
@@ -58,7 +58,7 @@ def empty_batch(bucket: Bucket) -> Batch:
         segments=np.zeros(row, np.int32),
         loss_weights=np.zeros(row, np.float32),
         visual_index=np.full(row, -1, np.int32),
-        patches=_aligned_zeros((bucket.rows, bucket.slots, bucket.patches, bucket.patch_dim)),
+        patches=_aligned_zeros((bucket.rows, bucket.slots, bucket.patches, bucket.patch_bytes)),
         patch_grids=np.zeros((bucket.rows, bucket.slots, 2), np.int32),
     )
 
@@ -81,6 +81,6 @@ def abstract_batch(bucket: Bucket) -> Batch:
         segments=integers,
         loss_weights=jax.ShapeDtypeStruct((rows, tokens), np.float32),
         visual_index=integers,
-        patches=jax.ShapeDtypeStruct((rows, bucket.slots, bucket.patches, bucket.patch_dim), np.uint8),
+        patches=jax.ShapeDtypeStruct((rows, bucket.slots, bucket.patches, bucket.patch_bytes), np.uint8),
         patch_grids=jax.ShapeDtypeStruct((rows, bucket.slots, 2), np.int32),
     )

@@ -82,11 +82,11 @@ def bucket_of(model: ModelConfig, stage: StageConfig) -> Bucket:
     """
     if stage.buckets:
         one = max(stage.buckets, key=lambda bucket: (bucket.tokens, bucket.slots * bucket.patches))
-        return Bucket(stage.rows, one.slots, one.tokens, one.patches, model.tower.patch_dim)
+        return Bucket(stage.rows, one.slots, one.tokens, one.patches, model.tower.patch_bytes)
     patches = largest_view(model, stage)
     room = stage.packed_length * VISUAL_SHARE / model.visual_tokens(patches)
     slots = stage.slots or max(stage.max_slices + 1, round(room))
-    return Bucket(stage.rows, slots, stage.packed_length, patches, model.tower.patch_dim)
+    return Bucket(stage.rows, slots, stage.packed_length, patches, model.tower.patch_bytes)
 
 
 def compile_step(config: RunConfig, stage: StageConfig, target: Target) -> Compiled:

@@ -23,6 +23,7 @@ from uhd_jax.analysis.aot_compile import bucket_of, memory_of
 from uhd_jax.batch import Batch, Bucket, empty_batch
 from uhd_jax.config import ModelConfig, StageConfig
 from uhd_jax.models import uhd
+from uhd_jax.models.patches import for_bytes, normalise_bytes, normalise_patches
 
 FORWARD, TRAINING = "forward", "training"
 
@@ -119,7 +120,7 @@ def parts_of(case: Case, names: Sequence[str], passes: Sequence[str] = (FORWARD,
         features = jax.random.normal(
             jax.random.key(1), (case.views, bucket.patches // 4**inside, model.tower.width), jnp.dtype(model.dtype)
         )
-        pixels = uhd.normalise_patches(patches, model.tower)
+        pixels = normalise_patches(patches, model.tower)
 
         def connect(params, features, grids, pixels):
             return uhd.connector(model).apply({"params": params}, features, grids, pixels)
@@ -144,9 +145,9 @@ def _tower(case: Case, mode: str) -> Callable[..., jax.Array]:
     model = case.model
 
     def encode(params, patches, grids):
-        pixels = uhd.normalise_patches(patches, model.tower)
+        weights, pixels = for_bytes(params, model.tower), normalise_bytes(patches, model.tower)
         levels, compress = model.merge_levels(mode), mode == "16x"
-        return uhd.tower(model).apply({"params": params}, pixels, grids, levels=levels, compress=compress)[0]
+        return uhd.tower(model).apply({"params": weights}, pixels, grids, levels=levels, compress=compress)[0]
 
     return encode
 

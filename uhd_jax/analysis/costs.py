@@ -116,7 +116,7 @@ def stages_of(config: RunConfig, case: Case) -> list[dict[str, Any]]:
         sample = _Sample.of(model, case, stage.max_slices)
         work = cost.work(sample.grids, [sample.tokens])
         patches = max(grid.area for grid in sample.grids)
-        bucket = Bucket(1, len(sample.grids), max(sample.tokens, 2), patches, model.tower.patch_dim)
+        bucket = Bucket(1, len(sample.grids), max(sample.tokens, 2), patches, model.tower.patch_bytes)
         flops = memory = None
         if stage.objective == "language":  # the other, VDIM's pre-training, is another program
             flops = cost.train_flops(model, work, stage.trainable, case.mode, case.convention)

@@ -83,7 +83,7 @@ def _attend(
     views = cut_views(image, plan, config.tower.patch_size)
     block = 4 ** max(2, plan.levels)
     patches = -(-max(len(view) for view in views) // block) * block
-    bucket = Bucket(1, len(views), len(sample.tokens), patches, config.tower.patch_dim)
+    bucket = Bucket(1, len(views), len(sample.tokens), patches, config.tower.patch_bytes)
     batch = fill_batch([[(sample, views)]], bucket, config.visual_tokens(patches, mode))
     said = np.flatnonzero(sample.trained)
     return attention_maps(model.params, batch, jnp.asarray(said - 1), config, mode), said

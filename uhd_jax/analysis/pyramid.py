@@ -20,6 +20,7 @@ import numpy as np
 from uhd_jax.checkpoint import load_model
 from uhd_jax.config import ConfigError, ModelConfig
 from uhd_jax.models import uhd
+from uhd_jax.models.patches import normalise_patches
 from uhd_jax.models.pyramid import Pyramid
 from uhd_jax.slicing.image_io import open_image
 from uhd_jax.slicing.pixels import cut_views, view_pixels
@@ -63,7 +64,7 @@ def view_levels(
 
     @jax.jit
     def levels(params):
-        pixels = uhd.normalise_patches(patches, config.tower)
+        pixels = normalise_patches(patches, config.tower)
         features, _ = uhd.tower(config).apply({"params": params["tower"]}, pixels, grids, levels=0, compress=False)
         weights = {"params": params["connector"].get("upsampler", {})}
         modules = (Pyramid(way, jnp.float32) for way in ways)

@@ -33,7 +33,9 @@ from uhd_jax.data.tokenizer import Tokenizer
 from uhd_jax.generation.assistant import Assistant, Prepared, foreign_tokenizer
 from uhd_jax.generation.assistant import load as load_assistant
 from uhd_jax.models import uhd
+from uhd_jax.models.patches import normalise_patches
 from uhd_jax.slicing.image_io import open_image
+from uhd_jax.slicing.memory import pixels_of
 from uhd_jax.slicing.pixels import merge_order
 
 PROMPTS = ("What is shown here? Answer in one sentence.", "Read all the text.")
@@ -96,14 +98,14 @@ def made_images() -> list[np.ndarray]:
 
 
 def packed_pixels(views: Sequence[np.ndarray], grids: Sequence[Any], levels: int, config: ModelConfig) -> np.ndarray:
-    """Patches in merge order to transformers' form: float32[1, 3, patch_size, patch_size * patches], raster order."""
+    """Patches of `cut_views` to transformers' form: float32[1, 3, patch_size, patch_size * patches], raster order."""
     side = config.tower.patch_size
     raster = []
     for view, grid in zip(views, grids, strict=True):
         own = np.empty_like(view)
         own[merge_order(grid, levels)] = view
         raster.append(own)
-    pixels = np.concatenate(raster).reshape(-1, 3, side, side).transpose(1, 2, 0, 3).reshape(1, 3, side, -1)
+    pixels = np.concatenate(raster).reshape(-1, side, side, 4)[..., :3].transpose(3, 1, 0, 2).reshape(1, 3, side, -1)
     return (pixels / np.float32(127.5) - 1).astype(np.float32)
 
 
@@ -228,7 +230,7 @@ def _compare_towers(
     for number, image in enumerate(images):
         for grid in grids:
             patches = _view(open_image(image, config.slicing.limits), grid, config.tower.patch_size)
-            pixels = np.asarray(uhd.normalise_patches(jnp.asarray(patches), config.tower))
+            pixels = np.asarray(normalise_patches(jnp.asarray(patches), config.tower))
             ours = np.asarray(here(params["tower"], pixels[None], jnp.array([grid])))[0]
             figures = compare_features(ours, there(pixels, grid))
             given = f"image {number + 1}, {grid[0]}x{grid[1]} patches"
@@ -237,10 +239,10 @@ def _compare_towers(
 
 
 def _view(image: np.ndarray, grid: tuple[int, int], side: int) -> np.ndarray:
-    """An image resized to a grid of patches: uint8[P, patch_dim] in raster order."""
+    """An image resized to a grid of patches: uint8[P, patch_bytes] in raster order."""
     rows, cols = grid
     resized = Image.fromarray(image).resize((cols * side, rows * side), Image.Resampling.BICUBIC)
-    cut = np.asarray(resized).reshape(rows, side, cols, side, 3).transpose(0, 2, 4, 1, 3)
+    cut = pixels_of(resized).reshape(rows, side, cols, side, -1).swapaxes(1, 2)
     return cut.reshape(rows * cols, -1)
 
 
@@ -265,7 +267,7 @@ def _compare_decoders(
         if not len(ids) or max(ids) >= known:
             made = f"id {max(ids)}, the decoder has {known}" if len(ids) else "no ids"
             raise VerifyError(f"{source.folder}: its tokenizer makes of {given!r} {made}")
-        batch = empty_batch(Bucket(1, 0, len(ids), 4, config.tower.patch_dim))
+        batch = empty_batch(Bucket(1, 0, len(ids), 4, config.tower.patch_bytes))
         batch.tokens[:], batch.positions[:], batch.segments[:] = ids, np.arange(len(ids)), 1
         ours = _logits({"decoder": params["decoder"]}, batch, config)
         figures = compare_logits(np.asarray(ours)[0, :, :known], there(ids)[:, :known])

@@ -129,8 +129,13 @@ class TowerConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Values per patch: channels x height x width."""
+        """Values per patch that the tower sees: channels x height x width."""
         return 3 * self.patch_size**2
+
+    @property
+    def patch_bytes(self) -> int:
+        """Bytes per patch in a batch: height x width x four, of which the last means nothing."""
+        return 4 * self.patch_size**2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,8 +71,10 @@ def draw(
       key: seed of the stage, number of the sample, epoch.
       part: name of the part of a mixture that the sample is from.
     """
-    numbers = np.random.default_rng((*key, 1)).random((len(sizes), _DRAWS))  # 1: apart from other uses of the key
     worn = augment.ocr_probability if not augment.ocr_parts or part in augment.ocr_parts else 0.0
+    if not (worn or augment.resize_probability or slicing.pre_resize.refill_probability):
+        return [Drawn(Alteration(size, size), 1.0) for size in sizes]  # nothing is left to chance
+    numbers = np.random.default_rng((*key, 1)).random((len(sizes), _DRAWS))  # 1: apart from other uses of the key
     low, high = augment.jpeg_quality
     drawn = []
     for size, (refill, resize, count, jpeg, quality, ocr) in zip(sizes, numbers.tolist(), strict=True):

@@ -12,6 +12,7 @@ views are known before an image is decoded.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -71,7 +72,7 @@ class EncodedSample:
     view_token: np.ndarray  # int32[T]: token inside that view; 0 for text
     plans: tuple[Plan, ...]  # one per image
 
-    @property
+    @functools.cached_property
     def needs(self) -> Needs:
         """What this sample asks of a row."""
         views = [view.patch_grid.area for plan in self.plans for view in plan.views]
@@ -84,16 +85,19 @@ class _Mark(NamedTuple):
     name: str
 
 
-class _Run(NamedTuple):
-    """Visual tokens of one view over all images: how many, the first of them, and the mark that stands for each."""
+class _Block(NamedTuple):
+    """A visual block as ids. N is its length."""
 
-    view: int
-    tokens: int
-    start: int
-    mark: str
+    tokens: np.ndarray  # int32[N]
+    view: np.ndarray  # int32[N]: -1 for marks, else number of the view
+    view_token: np.ndarray  # int32[N]: token inside that view; 0 for marks
+
+    def of_view(self, first: int) -> _Block:
+        """The block of an image whose first view has this number."""
+        return self._replace(view=np.where(self.view >= 0, self.view + first, -1)) if first else self
 
 
-_Item = str | _Mark | _Run | Separator
+_Item = str | _Mark | _Block
 _Piece = tuple[_Item, bool]  # and whether it is trained
 _Blocks = dict[ImagePart | VideoPart, list[_Item]]
 
@@ -137,7 +141,7 @@ def encode_chat(
     _check(messages, plans, generate)
     if chat.system and messages[0].role != "system" and chat.template != "plain":
         messages = (Message("system", (chat.system,)), *messages)
-    blocks = _blocks(messages, plans, chat)
+    blocks = _blocks(messages, plans, tokenizer, chat)
     if chat.template == "jinja":
         pieces = _templated(messages, blocks, tokenizer, chat, generate, thinking)
     else:
@@ -157,9 +161,11 @@ def visual_places(plans: Sequence[Plan], chat: ChatConfig) -> tuple[np.ndarray, 
     Returns:
       int32[N] number of the view over all images, and int32[N] token inside that view.
     """
-    blocks = (_block(plans, chat, index, index, chat.placeholder) for index in range(len(plans)))
-    runs = [item for block in blocks for item in block if isinstance(item, _Run)]
-    places = [(run.view, run.start + token) for run in runs for token in range(run.tokens)]
+    places = []
+    for number, plan in enumerate(plans):
+        runs = [part for part in visual_block(plan, chat, number) if isinstance(part, ViewRun)]
+        first = sum(len(before.views) for before in plans[:number])
+        places += [(first + run.view, run.start + token) for run in runs for token in range(run.tokens)]
     view, view_token = np.array(places, np.int32).reshape(-1, 2).T
     return view, view_token
 
@@ -318,81 +324,84 @@ def _content(message: Message, blocks: _Blocks, chat: ChatConfig) -> list[_Item]
     return items
 
 
-def _blocks(messages: Sequence[Message], plans: Sequence[Plan], chat: ChatConfig) -> _Blocks:
+def _blocks(messages: Sequence[Message], plans: Sequence[Plan], tokenizer: Tokenizer, chat: ChatConfig) -> _Blocks:
     """The visual blocks of all images and videos, each kind numbered from 0 in the order of the messages."""
     parts = [part for message in messages for part in message.parts if not isinstance(part, str)]
+    first_views = tuple(itertools.accumulate((len(plan.views) for plan in plans), initial=0))
     blocks: _Blocks = {}
     counts = {ImagePart: itertools.count(), VideoPart: itertools.count()}
     for part in parts:
         number = next(counts[type(part)])
         if isinstance(part, ImagePart):
-            blocks[part] = _block(plans, chat, part.index, number, chat.placeholder)
+            block = _block(plans[part.index], chat, number, chat.placeholder, tokenizer)
+            blocks[part] = [block.of_view(first_views[part.index])]
             continue
         # The pictures of a video follow each other with nothing between, behind one id (spec v4 section 5).
         with_id = chat.layout == "v4" and chat.use_image_id
         start = [_Mark(chat.image_id_start), str(number), _Mark(chat.image_id_end)] if with_id else []
         plain = dataclasses.replace(chat, use_image_id=False)
-        pictures = (_block(plans, plain, index, number, chat.video_placeholder) for index in shown_images(part))
-        blocks[part] = [*start, *itertools.chain.from_iterable(pictures)]
+        pictures = [
+            _block(plans[index], plain, number, chat.video_placeholder, tokenizer).of_view(first_views[index])
+            for index in shown_images(part)
+        ]
+        blocks[part] = [*start, *pictures]
     return blocks
 
 
-def _block(plans: Sequence[Plan], chat: ChatConfig, index: int, number: int, placeholder: str) -> list[_Item]:
-    """The visual block of the image `index`, its views numbered over all images."""
+@functools.lru_cache(maxsize=512)  # most images of a data set share a few plans
+def _block(plan: Plan, chat: ChatConfig, number: int, placeholder: str, tokenizer: Tokenizer) -> _Block:
+    """The visual block of an image, its views numbered from 0."""
     names = (chat.image_start, chat.image_end, chat.slice_start, chat.slice_end, chat.image_id_start, chat.image_id_end)
     marks = re.compile("(" + "|".join(map(re.escape, names)) + ")")
-    first_view = sum(len(plan.views) for plan in plans[:index])
-    items: list[_Item] = []
-    for part in visual_block(plans[index], chat, number):
+    columns: list[tuple[int, int, int]] = []
+    for part in visual_block(plan, chat, number):
         if isinstance(part, ViewRun):
-            items.append(_Run(part.view + first_view, part.tokens, part.start, placeholder))
+            filler = tokenizer.special(placeholder)
+            columns += [(filler, part.view, part.start + token) for token in range(part.tokens)]
         elif isinstance(part, Separator):
-            items.append(part)
+            columns.append((_separator_id(part, tokenizer, chat), -1, 0))
         else:
-            items += [_Mark(text) if text in names else text for text in marks.split(part) if text]
-    return items
+            for text in filter(None, marks.split(part)):
+                ids = [tokenizer.special(text)] if text in names else tokenizer.encode(text)
+                columns += [(i, -1, 0) for i in ids]
+    return _Block(*np.array(columns, np.int32).reshape(-1, 3).T.copy())
 
 
 def _to_ids(pieces: Iterable[_Piece], plans: Sequence[Plan], tokenizer: Tokenizer, chat: ChatConfig) -> EncodedSample:
-    tokens, trained, view, view_token = [], [], [], []
-    always: set[int] = set()  # trained in every turn
-    if chat.template == "chatml" and chat.train_turn_marks:
-        newline = _single_id("\n", tokenizer, "switch config.model.chat.train_turn_marks off")
-        always = {newline, tokenizer.special(chat.turn_start), tokenizer.special(chat.turn_end)}
-
-    def add(ids: Sequence[int], is_trained: Iterable[bool], of_view: int = -1, first: int = 0) -> None:
-        tokens.extend(ids)
-        trained.extend(is_trained)
-        view.extend([of_view] * len(ids))
-        view_token.extend(range(first, first + len(ids)) if of_view >= 0 else [0] * len(ids))
-
-    if chat.bos:
-        add([tokenizer.special(chat.bos)], [False])
+    ids: list[Sequence[int]] = [[tokenizer.special(chat.bos)]] if chat.bos else []
+    flags = [False] * len(ids)
+    blocks: dict[int, _Block] = {}  # by their place among the ids
     for kind, group in itertools.groupby(pieces, lambda piece: type(piece[0])):
         if kind is str:
-            for ids, is_trained in _text_ids(group, tokenizer, joined=chat.template == "vicuna_v1"):
-                add(ids, [is_trained or i in always for i in ids])
-            continue
-        for item, is_trained in group:
-            if isinstance(item, _Run):
-                add([tokenizer.special(item.mark)] * item.tokens, [False] * item.tokens, item.view, item.start)
-            elif isinstance(item, Separator):
-                add([_separator_id(item, tokenizer, chat)], [False])
-            else:
-                mark = tokenizer.special(item.name)
-                add([mark], [is_trained or mark in always])
-    return EncodedSample(
-        tokens=np.array(tokens, np.int32),
-        trained=np.array([False, *trained[1:]], bool),
-        view=np.array(view, np.int32),
-        view_token=np.array(view_token, np.int32),
-        plans=tuple(plans),
-    )
+            encoded = list(_text_ids(group, tokenizer, joined=chat.template == "vicuna_v1"))
+        elif kind is _Mark:
+            encoded = [([tokenizer.special(mark.name)], is_trained) for mark, is_trained in group]
+        else:
+            found = [block for block, _ in group]
+            blocks |= dict(enumerate(found, len(ids)))
+            encoded = [(block.tokens, False) for block in found]
+        ids += (one for one, _ in encoded)
+        flags += (is_trained for _, is_trained in encoded)
+    lengths = [len(one) for one in ids]
+    tokens = np.concatenate(ids, dtype=np.int32, casting="unsafe") if ids else np.zeros(0, np.int32)
+    trained = np.repeat(np.array(flags, bool), lengths)
+    view, view_token = np.full(len(tokens), -1, np.int32), np.zeros(len(tokens), np.int32)
+    starts = list(itertools.accumulate(lengths, initial=0))
+    for number, block in blocks.items():
+        place = slice(starts[number], starts[number + 1])
+        view[place], view_token[place] = block.view, block.view_token
+    if chat.template == "chatml" and chat.train_turn_marks:
+        newline = _single_id("\n", tokenizer, "switch config.model.chat.train_turn_marks off")
+        always = [newline, tokenizer.special(chat.turn_start), tokenizer.special(chat.turn_end)]
+        outside = np.repeat([number not in blocks for number in range(len(ids))], lengths)
+        trained |= outside & np.isin(tokens, always)
+    trained[:1] = False
+    return EncodedSample(tokens, trained, view, view_token, tuple(plans))
 
 
 def _text_ids(
     pieces: Iterable[tuple[str, bool]], tokenizer: Tokenizer, joined: bool
-) -> Iterator[tuple[list[int], bool]]:
+) -> Iterator[tuple[Sequence[int], bool]]:
     """Ids of texts that follow each other, apart by whether they are trained.
 
     Those alike are encoded as one, as a tokenizer that reads the whole prompt would. With `joined` all are: a
@@ -401,7 +410,7 @@ def _text_ids(
     """
     texts = [("".join(text for text, _ in group), flag) for flag, group in itertools.groupby(pieces, lambda p: p[1])]
     if not joined:
-        yield from ((tokenizer.encode(text), flag) for text, flag in texts)
+        yield from ((tokenizer.ids(text), flag) for text, flag in texts)
         return
     whole, start, so_far = tokenizer.encode("".join(text for text, _ in texts)), 0, ""
     for text, flag in texts:

@@ -84,7 +84,7 @@ def fill_batch(
     """Writes samples into the arrays of a batch.
 
     Args:
-      rows: for each row its samples, each with its views: uint8[P_view, patch_dim] in merge order, images in order.
+      rows: for each row its samples, each with its views: uint8[P_view, patch_bytes] in merge order, images in order.
       bucket: the static shapes; missing rows stay padding.
       slot_tokens: visual tokens of a slot (`ModelConfig.visual_tokens` of the bucket's patches).
       sample_weight_power: a sample of L trained tokens weighs L**power, each of its tokens L**(power - 1).
@@ -120,7 +120,7 @@ def fill_batch(
 
 
 def rooms_for_views(batch: Batch, rows: Sequence[Sequence[EncodedSample]]) -> list[list[list[np.ndarray]]]:
-    """Where `fill_batch` puts the views of samples: for each row, sample and view uint8[P_view, patch_dim] of `batch`.
+    """Where `fill_batch` puts the views of samples: for each row, sample, view uint8[P_view, patch_bytes] of `batch`.
 
     Writing them there at once saves a copy of all pixels.
     """

@@ -11,7 +11,6 @@ import concurrent.futures
 import dataclasses
 import itertools
 import logging
-import os
 import threading
 import weakref
 from collections import Counter, defaultdict
@@ -44,6 +43,7 @@ from uhd_jax.data.windows import (
     Window,
     WindowPlanner,
 )
+from uhd_jax.data.workers import cores
 from uhd_jax.slicing.plan import ImageRefused
 
 REPORTS = 20  # samples per stage and counter that are named in the log
@@ -126,8 +126,8 @@ class BatchIterator:
     def buckets(self) -> tuple[Bucket, ...]:
         """The static shapes of this host's batches; no other will come."""
         rows = self._planner.stage.rows // self._process[1]
-        patch_dim = self._planner.model.tower.patch_dim
-        return tuple(Bucket(rows, b.slots, b.tokens, b.patches, patch_dim) for b in self._planner.buckets)
+        patch_bytes = self._planner.model.tower.patch_bytes
+        return tuple(Bucket(rows, b.slots, b.tokens, b.patches, patch_bytes) for b in self._planner.buckets)
 
     def __iter__(self) -> BatchIterator:
         return self
@@ -237,7 +237,8 @@ class _RenderedBatchIterator(grain.DatasetIterator):
         self._process = process
         self._skip, self._step = share
         self._window: Window | None = None
-        self._pool = concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # Pillow releases the GIL
+        self._threads = min(8, cores())  # Pillow releases the GIL
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
 
     def __next__(self) -> tuple[Batch, BatchInfo, list[Problem], Position]:
         while self._skip:
@@ -277,12 +278,12 @@ class _RenderedBatchIterator(grain.DatasetIterator):
         share = len(packed.rows) // count
         numbers = packed.rows[index * share : (index + 1) * share]
         shape = packed.bucket
-        bucket = Bucket(share, shape.slots, shape.tokens, shape.patches, planner.model.tower.patch_dim)
+        bucket = Bucket(share, shape.slots, shape.tokens, shape.patches, planner.model.tower.patch_bytes)
         batch = empty_batch(bucket)
         rooms = rooms_for_views(batch, [[window.samples[i].sample for i in row] for row in numbers])
         chained = itertools.chain.from_iterable
         tasks = [(window.samples[i], room) for i, room in zip(chained(numbers), chained(rooms), strict=True)]
-        found = list(self._pool.map(lambda task: self._load(*task), tasks))
+        found = self._load_all(tasks)
         problems = (window.problems if number == 0 else []) + [problem for problem in found if problem]
         if any(found):
             batch = empty_batch(bucket)  # without what a damaged image left behind; the others are copied
@@ -309,6 +310,19 @@ class _RenderedBatchIterator(grain.DatasetIterator):
             counters={},
         )
         return batch, info, problems, self._position
+
+    def _load_all(self, tasks: Sequence[tuple[Prepared, list[np.ndarray]]]) -> list[Problem | None]:
+        """As `_load`, of all tasks; a thread takes the next one when it is done, without a future for each."""
+        found: list[Problem | None] = [None] * len(tasks)
+        waiting = iter(enumerate(tasks))
+
+        def work() -> None:
+            for number, task in waiting:
+                found[number] = self._load(*task)
+
+        for done in [self._pool.submit(work) for _ in range(min(self._threads, len(tasks)))]:
+            done.result()
+        return found
 
     def _load(self, prepared: Prepared, into: list[np.ndarray]) -> Problem | None:
         """Writes the views of a sample, unless an image turns out to be damaged."""

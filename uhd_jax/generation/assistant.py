@@ -47,7 +47,7 @@ class Prepared:
 
     @functools.cached_property
     def views(self) -> tuple[np.ndarray, ...]:
-        """uint8[P, patch_dim] each, merge order, all images in order."""
+        """uint8[P, patch_bytes] each, merge order, all images in order."""
         cut = (cut_views(picture.pixels, picture.plan, self.patch_size) for picture in self.pictures)
         return tuple(view for views in cut for view in views)
 
@@ -345,7 +345,7 @@ class Assistant:
             slots=room(views),
             tokens=room(len(prepared.token_ids), 32),
             patches=room(max(patches, 16), 16),
-            patch_dim=self.config.tower.patch_dim,
+            patch_bytes=self.config.tower.patch_bytes,
         )
         slot_tokens = self.config.visual_tokens(bucket.patches, mode)
         return fill_batch([[(prepared.sample, prepared.views)]], bucket, slot_tokens)

@@ -116,7 +116,9 @@ class VisualEncoder:
             multiple = 4 ** self.config.merge_levels(mode)
             for count in shapes.views:
                 for room in shapes.patches:
-                    patches = np.zeros((count, -(-room // multiple) * multiple, self.config.tower.patch_dim), np.uint8)
+                    patches = np.zeros(
+                        (count, -(-room // multiple) * multiple, self.config.tower.patch_bytes), np.uint8
+                    )
                     self._call(patches, np.zeros((count, 2), np.int32), mode)
 
     def _views(self, pictures: Sequence[Picture]) -> list[tuple[np.ndarray, Any]]:
@@ -130,7 +132,7 @@ class VisualEncoder:
     def _run(self, views: Sequence[tuple[np.ndarray, Any]], mode: str, shapes: Shapes) -> list[np.ndarray]:
         multiple = 4 ** self.config.merge_levels(mode)
         room = -(-fit(max(len(patches) for patches, _ in views), shapes.patches) // multiple) * multiple
-        patches = np.zeros((fit(len(views), shapes.views), room, self.config.tower.patch_dim), np.uint8)
+        patches = np.zeros((fit(len(views), shapes.views), room, self.config.tower.patch_bytes), np.uint8)
         grids = np.zeros((len(patches), 2), np.int32)
         for index, (own, view) in enumerate(views):
             patches[index, : len(own)] = own

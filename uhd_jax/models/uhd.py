@@ -13,15 +13,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from uhd_jax.batch import Batch
-from uhd_jax.config import ModelConfig, TowerConfig
+from uhd_jax.config import ModelConfig
 from uhd_jax.models.clip import ClipTower
 from uhd_jax.models.compressor import reuse_init
 from uhd_jax.models.decoder import Cache, Decoder
 from uhd_jax.models.hiwin import Hiwin
 from uhd_jax.models.merger import MergingMlp
+from uhd_jax.models.patches import for_bytes, normalise_bytes, normalise_patches
 from uhd_jax.models.projector import BilinearMlp, PlainMlp
 from uhd_jax.models.resampler import Perceiver, SpatialResampler
 from uhd_jax.models.vit import Tower
@@ -91,14 +91,6 @@ def start_compressor(params: Params, config: ModelConfig) -> Params:
     return {**params, "tower": {**params["tower"], "compressor": start}}
 
 
-def normalise_patches(patches: jax.Array, config: TowerConfig) -> jax.Array:
-    """uint8[.., patch_dim] -> float32 with the tower's mean and deviation; on device, so that bytes travel."""
-    mean, std = (
-        np.repeat(np.array(of_channel), config.patch_size**2) for of_channel in (config.pixel_mean, config.pixel_std)
-    )
-    return patches.astype(jnp.float32) / (255 * std).astype(np.float32) - (mean / std).astype(np.float32)
-
-
 def encode_views(
     params: Params, patches: jax.Array, grids: jax.Array, config: ModelConfig, mode: str | None = None
 ) -> jax.Array:
@@ -106,7 +98,7 @@ def encode_views(
 
     Args:
       params: the model's parameters.
-      patches: uint8[V, P, patch_dim] in merge order, P a multiple of 4**levels.
+      patches: uint8[V, P, patch_bytes] in merge order, P a multiple of 4**levels.
       grids: int32[V, 2] patch rows and columns, each a multiple of 2**levels; (0, 0) for an empty slot.
       config: the model.
       mode: "16x" or "4x"; None for the config's.
@@ -122,10 +114,11 @@ def encode_views(
     inside = config.compressor.kind != "none" and compress
 
     def encode(params, gather, patches, grids):
-        pixels = normalise_patches(patches, config.tower)
-        module = tower(config, gather)
-        features, _ = module.apply({"params": params["tower"]}, pixels, grids, levels=levels, compress=compress)
-        return connector(config).apply({"params": params["connector"]}, features, grids // 2**inside, pixels)
+        module, weights = tower(config, gather), for_bytes(params["tower"], config.tower)
+        pixels = normalise_bytes(patches, config.tower)
+        features, _ = module.apply({"params": weights}, pixels, grids, levels=levels, compress=compress)
+        guide = normalise_patches(patches, config.tower)  # of a pyramid; all else leaves it out of the program
+        return connector(config).apply({"params": params["connector"]}, features, grids // 2**inside, guide)
 
     vision = {name: params[name] for name in ("tower", "connector")}
     return on_every_chip(encode, jnp.dtype(config.dtype), vision, patches, grids)

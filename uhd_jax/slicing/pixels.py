@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from uhd_jax.slicing.memory import PIXEL_BYTES, pixels_of
 from uhd_jax.slicing.plan import Grid, Plan, Size
-from uhd_jax.slicing.planes import planes_of
 from uhd_jax.slicing.rules import parts_of
 
 _SCALES = (1, 2, 4, 8)  # 1/N of its size at which a JPEG may be decoded
@@ -33,7 +33,7 @@ def merge_order(grid: Grid, levels: int) -> np.ndarray:
     """
     rows, cols = grid
     order = np.empty((rows * cols, 1), np.int32)
-    _to_merge_order([np.arange(rows * cols, dtype=np.int32).reshape(rows, cols)], 1, levels, order)
+    _to_merge_order(np.arange(rows * cols, dtype=np.int32).reshape(rows, cols, 1), 1, levels, order)
     order.setflags(write=False)
     return order.reshape(-1)
 
@@ -48,7 +48,7 @@ def view_pixels(image: np.ndarray | Image.Image, plan: Plan) -> list[np.ndarray]
     Raises:
       ValueError: `image` is not RGB, uint8, and of the size the plan was made for.
     """
-    return [np.asarray(view) for view in _cut(image, plan)]
+    return [np.ascontiguousarray(view[..., :3]) for view in _cut(image, plan)]
 
 
 def cut_views(
@@ -58,9 +58,10 @@ def cut_views(
     into: Sequence[np.ndarray] | None = None,
     reduced: bool = False,
 ) -> list[np.ndarray]:
-    """The patches of every view: uint8[P, 3 * patch_size**2], in the order of `Plan.views`.
+    """The patches of every view: uint8[P, 4 * patch_size**2], in the order of `Plan.views`.
 
-    Patches are in merge order, values inside a patch in (channel, y, x) order.
+    Patches are in merge order, values inside a patch in (y, x, channel) order: red, green, blue, and a fourth that
+    means nothing. So Pillow keeps pixels, and its memory is copied once, in pieces of a patch's width.
 
     Args:
       image: an RGB picture, or uint8[H, W, 3].
@@ -76,9 +77,9 @@ def cut_views(
         if view.size != (view.patch_grid.rows * patch_size, view.patch_grid.cols * patch_size):
             raise ValueError(f"a view of {view.size} has no {view.patch_grid} patches of {patch_size} pixels")
     if into is None:
-        into = [np.empty((view.patch_grid.area, 3 * patch_size**2), np.uint8) for view in plan.views]
+        into = [np.empty((view.patch_grid.area, PIXEL_BYTES * patch_size**2), np.uint8) for view in plan.views]
     for view, patches in zip(_cut(image, plan, reduced), into, strict=True):
-        _to_merge_order(planes_of(view), patch_size, plan.levels, patches)
+        _to_merge_order(view, patch_size, plan.levels, patches)
     return list(into)
 
 
@@ -92,8 +93,8 @@ def least_size(plan: Plan) -> Size:
     return Size(max(size.height for size in sizes), max(size.width for size in sizes))
 
 
-def _cut(image: np.ndarray | Image.Image, plan: Plan, reduced: bool = False) -> Iterator[Image.Image]:
-    """The views, one after the other."""
+def _cut(image: np.ndarray | Image.Image, plan: Plan, reduced: bool = False) -> Iterator[np.ndarray]:
+    """The views, one after the other: uint8[H, W, 4] as of `pixels_of`."""
     picture = image if isinstance(image, Image.Image) else _picture(image, plan)
     sizes = [tuple(-(-side // scale) for side in plan.image[::-1]) for scale in (_SCALES if reduced else (1,))]
     if picture.mode != "RGB" or picture.size not in sizes:
@@ -103,14 +104,15 @@ def _cut(image: np.ndarray | Image.Image, plan: Plan, reduced: bool = False) -> 
         picture = _resize(picture, plan.resized)
     resample = Image.Resampling.LANCZOS if plan.cut_first else Image.Resampling.BICUBIC
     if plan.thumbnail:
-        yield _resize(picture, plan.thumbnail.size, resample)
+        yield pixels_of(_resize(picture, plan.thumbnail.size, resample))
     if plan.slices and plan.cut_first:
         boxes = _boxes(parts_of(picture.height, plan.grid.rows), parts_of(picture.width, plan.grid.cols))
         for box, view in zip(boxes, plan.slices, strict=True):
-            yield _resize(picture.crop(box), view.size, resample)
+            yield pixels_of(_resize(picture.crop(box), view.size, resample))
     elif plan.refined:
-        refined, (height, width) = _resize(picture, plan.refined), plan.slices[0].size
-        yield from map(refined.crop, _boxes([height] * plan.grid.rows, [width] * plan.grid.cols))
+        pixels, (height, width) = pixels_of(_resize(picture, plan.refined)), plan.slices[0].size
+        for left, top, right, bottom in _boxes([height] * plan.grid.rows, [width] * plan.grid.cols):
+            yield pixels[top:bottom, left:right]
 
 
 def _picture(image: np.ndarray, plan: Plan) -> Image.Image:
@@ -132,22 +134,22 @@ def _boxes(heights: Sequence[int], widths: Sequence[int]) -> list[tuple[int, int
     return [(left, top, right, bottom) for top, bottom in rows for left, right in cols]
 
 
-def _to_merge_order(planes: Sequence[np.ndarray], patch_size: int, levels: int, patches: np.ndarray) -> None:
-    """Writes the channels [H, W] of a view into patches[P, channels * patch_size**2].
+def _to_merge_order(pixels: np.ndarray, patch_size: int, levels: int, patches: np.ndarray) -> None:
+    """Writes a view [H, W, C] into patches[P, patch_size**2 * C].
 
-    The pixels of a row that share a patch move as one item: several times faster than one by one.
+    The pixels of a row that share a patch move as one item: many times faster than one by one.
     """
-    height, width = planes[0].shape
+    height, width, channels = pixels.shape
     block = patch_size * 2**levels
     if height % block or width % block:
         raise ValueError(f"{height}x{width} is no multiple of {block} = {patch_size} * 2**{levels} on both sides")
     if not patches.flags.c_contiguous:
         raise ValueError("patches are written to contiguous arrays only")
     halves = (2,) * levels
-    item = np.dtype((np.void, patch_size * planes[0].itemsize))
-    rows = patches.view(item).reshape(height // block, width // block, *(2,) * (2 * levels), len(planes), patch_size)
+    item = np.dtype((np.void, patch_size * channels * pixels.itemsize))
+    rows = patches.view(item).reshape(height // block, width // block, *(2,) * (2 * levels), patch_size)
+    split = pixels.reshape(height, width * channels).view(item)
+    split = split.reshape(height // block, *halves, patch_size, width // block, *halves)
     y = levels + 1
     windows = [axis for level in range(levels + 1) for axis in (level, y + 1 + level)]
-    for channel, plane in enumerate(planes):
-        split = plane.view(item).reshape(height // block, *halves, patch_size, width // block, *halves)
-        rows[..., channel, :] = split.transpose(*windows, y)
+    rows[...] = split.transpose(*windows, y)

@@ -36,6 +36,10 @@ class Plan:
     slices: tuple[ViewPlan, ...]  # in raster order
     cut_first: bool  # v1_legacy: slices are cut out and then resized, each to its own size
 
+    def __hash__(self) -> int:
+        # Plans are keys of what is kept for each; a hash of all views would take longer than to look that up.
+        return hash((self.image, self.resized, self.levels, self.grid))
+
     @property
     def views(self) -> tuple[ViewPlan, ...]:
         """Thumbnail first, if there is one, then slices in raster order."""

@@ -33,6 +33,7 @@ from uhd_jax.batch import Batch
 from uhd_jax.config import ConfigError, ModelConfig, ReconstructionConfig
 from uhd_jax.models import uhd
 from uhd_jax.models.layers import torch_linear_init
+from uhd_jax.models.patches import normalise_patches
 from uhd_jax.models.pyramid import Pyramid
 from uhd_jax.ops import neighbourhood as nb
 from uhd_jax.ops.image_axes import bilinear_axis, blur_axis, jitter_axis
@@ -63,7 +64,7 @@ def loss_sums(
       reconstruction: form of the loss, and its numbers.
     """
     grids = fold_views(batch.patch_grids)
-    patches = uhd.normalise_patches(fold_views(batch.patches), config.tower)
+    patches = normalise_patches(fold_views(batch.patches), config.tower)
     dtype = jnp.dtype(config.dtype)
 
     def run_tower(params, gather, patches, grids):

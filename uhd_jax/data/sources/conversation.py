@@ -20,7 +20,9 @@ from uhd_jax.data.sources.protocol import SourceError
 from uhd_jax.slicing import image_io
 
 IMAGE_MARK = "<image>"
+_MARK = re.compile(f"({IMAGE_MARK})")
 _ROLES_OF = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
+_SAME_ROLES = dict(zip(ROLES, ROLES, strict=True))
 _Turn = tuple[str, Any, str]  # role, content, field of the content for errors
 
 
@@ -111,11 +113,7 @@ def _turns(record: Mapping[str, Any]) -> list[_Turn]:
             for role in ("user", "assistant"):
                 found.append((role, _text(_entry(turn, role, field), f"{field}.{role}"), f"{field}.{role}"))
             continue
-        names, said = (
-            (_ROLES_OF, ("from", "value"))
-            if "from" in turn
-            else (dict(zip(ROLES, ROLES, strict=True)), ("role", "content"))
-        )
+        names, said = (_ROLES_OF, ("from", "value")) if "from" in turn else (_SAME_ROLES, ("role", "content"))
         role, content = (_entry(turn, entry, field) for entry in said)
         if not isinstance(role, str) or role not in names:
             raise SourceError(f"{field}.{said[0]}: {role!r:.80} is not one of {', '.join(names)}")
@@ -127,7 +125,7 @@ def _turns(record: Mapping[str, Any]) -> list[_Turn]:
 def _split(text: str, names: Sequence[str], shown: list[int]) -> list[str | ImagePart]:
     """The parts of a user's text; `shown` grows by the images that its marks stand for."""
     numbers = {name: index for index, name in enumerate(names)}
-    marks = re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True) or [IMAGE_MARK])) + ")")
+    marks = re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")") if names else _MARK
     parts: list[str | ImagePart] = []
     for place, piece in enumerate(marks.split(text)):
         if place % 2:

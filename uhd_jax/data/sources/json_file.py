@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import os
 from typing import Any
-
-import numpy as np
 
 from uhd_jax.config import ImageLimits
 from uhd_jax.data.sources.files import DataFile, find_files
@@ -34,10 +34,10 @@ class JsonFiles(RowSource):
         super().__init__(options, limits, os.path.dirname(paths[0]))
         self._files = [DataFile(path) for path in paths]
         self._rows = [stored_index(file, "rows", 3, find_rows) for file in self._files]
-        self._ends = np.cumsum([len(rows) for rows in self._rows])
+        self._ends = list(itertools.accumulate(map(len, self._rows)))
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def where(self, index: int) -> str:
         """The file, and the row's line or its number in the array, from 1."""
@@ -46,8 +46,8 @@ class JsonFiles(RowSource):
 
     def _place(self, index: int) -> tuple[int, int]:
         """The file, and the row in it."""
-        file = int(np.searchsorted(self._ends, index, side="right"))
-        return file, int(index - self._ends[file] + len(self._rows[file]))
+        file = bisect.bisect_right(self._ends, index)
+        return file, index - self._ends[file] + len(self._rows[file])
 
     def _row(self, index: int) -> Any:
         file, row = self._place(index)

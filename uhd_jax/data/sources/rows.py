@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from uhd_jax.data.sources.paths import ImageRoot
 from uhd_jax.data.sources.protocol import SourceError
 from uhd_jax.slicing import image_io
 from uhd_jax.slicing.plan import ImageRefused, Size
+
+_PLANNED = 8192  # samples of which the images' paths are kept between planning and decoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ class RowSource(abc.ABC):
         self._options, self._limits = options, limits
         self._root = ImageRoot(options.image_root or folder)
         self._local = threading.local()
+        self._planned: OrderedDict[int, list[str]] = OrderedDict()  # files of samples whose sizes were asked for
 
     def __reduce__(self):
         return type(self), (self._options, self._limits)
@@ -53,7 +57,13 @@ class RowSource(abc.ABC):
 
     def sizes(self, index: int) -> list[Size]:
         """Sizes from the headers of the images."""
-        return [image_io.read_size(image, self._limits) for image in self._opened(index)]
+        opened = self._opened(index)
+        sizes = [image_io.read_size(image, self._limits) for image in opened]
+        if all(isinstance(image, str) for image in opened):  # not bytes: a window of samples would fill the memory
+            self._planned[index] = opened
+            if len(self._planned) > _PLANNED:
+                self._planned.popitem(last=False)
+        return sizes
 
     def messages(self, index: int) -> tuple[Message, ...]:
         """The conversation of a row."""
@@ -65,7 +75,8 @@ class RowSource(abc.ABC):
 
     def pictures(self, index: int, least: Sequence[Size | None] = ()) -> list[Image.Image]:
         """As `protocol.pictures_of`."""
-        images = self._opened(index)
+        images = self._planned.pop(index, None)
+        images = self._opened(index) if images is None else images
         pairs = zip(images, least or [None] * len(images), strict=True)
         return [image_io.open_picture(image, self._limits, size) for image, size in pairs]
 

@@ -9,9 +9,9 @@ from PIL import Image
 
 from uhd_jax.config import ImageLimits, PreResizeConfig, SlicingConfig
 from uhd_jax.slicing.image_io import open_image, open_picture
+from uhd_jax.slicing.memory import pixels_of
 from uhd_jax.slicing.pixels import cut_views, least_size, view_pixels
 from uhd_jax.slicing.plan import Size, make_plan
-from uhd_jax.slicing.planes import planes_of
 
 
 def noise(height, width):
@@ -27,24 +27,26 @@ class Unshared:
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (130, 57)])
 @pytest.mark.parametrize("shared", [True, False])
-def test_planes_are_the_channels(size, shared, monkeypatch):
-    pixels = noise(*size)
+def test_the_pixels_are_those_of_the_picture(size, shared, monkeypatch):
+    pixels, copies = noise(*size), []
+    monkeypatch.setattr(Image.Image, "tobytes", lambda *args, real=Image.Image.tobytes: copies.append(1) or real(*args))
     if not shared:
         monkeypatch.setattr(Image.Image, "__arrow_c_array__", Unshared())
-    planes = planes_of(Image.fromarray(pixels))  # the picture is gone; its memory must not be
-    for channel, plane in enumerate(planes):
-        assert plane.shape == size and plane.dtype == np.uint8 and (not shared or not plane.flags.owndata)
-        np.testing.assert_array_equal(plane, pixels[..., channel])
+    found = pixels_of(Image.fromarray(pixels))  # the picture is gone; its memory must not be
+    assert found.shape == (*size, 4) and found.dtype == np.uint8 and bool(copies) == (not shared)
+    np.testing.assert_array_equal(found[..., :3], pixels)
+    with pytest.raises(ValueError, match="read-only"):
+        found[0, 0, 0] = 1
 
 
-def test_planes_of_memory_in_pieces():
+def test_pixels_of_memory_in_pieces():
     pixels = noise(2300, 2000)
-    Image.core.set_block_size(2**20)  # of 4.6 MB
+    Image.core.set_block_size(2**20)  # of 18 MB
     try:
-        planes = planes_of(Image.fromarray(pixels))
+        found = pixels_of(Image.fromarray(pixels))
     finally:
         Image.core.set_block_size(2**24)
-    np.testing.assert_array_equal(np.stack(planes, axis=-1), pixels)
+    np.testing.assert_array_equal(found[..., :3], pixels)
 
 
 @pytest.mark.parametrize("size", [Size(224, 224), Size(300, 500), Size(448, 448)])
@@ -52,7 +54,7 @@ def test_a_picture_is_cut_like_its_array_and_into_given_memory(size):
     pixels = noise(*size)
     plan = make_plan(size, SlicingConfig(scale_resolution=224), 14, 2)
     expected = cut_views(pixels, plan, 14)
-    rooms = np.full((len(expected), 512, 588), 7, np.uint8)
+    rooms = np.full((len(expected), 512, 784), 7, np.uint8)
     into = [room[: len(view)] for room, view in zip(rooms, expected, strict=True)]
     for view, given in zip(cut_views(Image.fromarray(pixels), plan, 14, into), into, strict=True):
         assert view is given
@@ -63,7 +65,7 @@ def test_a_picture_is_cut_like_its_array_and_into_given_memory(size):
         with pytest.raises(ValueError, match="the plan is for RGB"):
             cut_views(picture, plan, 14)
     with pytest.raises(ValueError, match="contiguous"):
-        cut_views(pixels, plan, 14, [np.zeros((len(view), 600), np.uint8)[:, :588] for view in expected])
+        cut_views(pixels, plan, 14, [np.zeros((len(view), 800), np.uint8)[:, :784] for view in expected])
 
 
 def test_a_picture_has_the_pixels_of_the_array():
