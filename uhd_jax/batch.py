@@ -49,8 +49,13 @@ class Batch:
         return Bucket(rows, slots, self.tokens.shape[1], patches, patch_bytes)
 
 
-def empty_batch(bucket: Bucket) -> Batch:
-    """A batch of padding only, as writable NumPy arrays to be filled in. JAX takes `patches` to a CPU uncopied."""
+def empty_batch(bucket: Bucket, patches: np.ndarray | None = None) -> Batch:
+    """A batch of padding only, as writable NumPy arrays to be filled in. JAX takes `patches` to a CPU uncopied.
+
+    Args:
+      bucket: the static shapes.
+      patches: taken for the batch's; None: zeros.
+    """
     row = (bucket.rows, bucket.tokens)
     return Batch(
         tokens=np.zeros(row, np.int32),
@@ -58,12 +63,17 @@ def empty_batch(bucket: Bucket) -> Batch:
         segments=np.zeros(row, np.int32),
         loss_weights=np.zeros(row, np.float32),
         visual_index=np.full(row, -1, np.int32),
-        patches=_aligned_zeros((bucket.rows, bucket.slots, bucket.patches, bucket.patch_bytes)),
+        patches=aligned_zeros(patches_shape(bucket)) if patches is None else patches,
         patch_grids=np.zeros((bucket.rows, bucket.slots, 2), np.int32),
     )
 
 
-def _aligned_zeros(shape: tuple[int, ...]) -> np.ndarray:
+def patches_shape(bucket: Bucket) -> tuple[int, int, int, int]:
+    """[B, S, P, patch_bytes] of a bucket."""
+    return bucket.rows, bucket.slots, bucket.patches, bucket.patch_bytes
+
+
+def aligned_zeros(shape: tuple[int, ...]) -> np.ndarray:
     """Zeros, uint8, whose memory starts where JAX's own arrays do."""
     size = math.prod(shape)
     memory = np.zeros(size + _ALIGNMENT, np.uint8)

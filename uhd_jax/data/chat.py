@@ -368,20 +368,24 @@ def _block(plan: Plan, chat: ChatConfig, number: int, placeholder: str, tokenize
 
 
 def _to_ids(pieces: Iterable[_Piece], plans: Sequence[Plan], tokenizer: Tokenizer, chat: ChatConfig) -> EncodedSample:
-    ids: list[Sequence[int]] = [[tokenizer.special(chat.bos)]] if chat.bos else []
-    flags = [False] * len(ids)
-    blocks: dict[int, _Block] = {}  # by their place among the ids
-    for kind, group in itertools.groupby(pieces, lambda piece: type(piece[0])):
-        if kind is str:
-            encoded = list(_text_ids(group, tokenizer, joined=chat.template == "vicuna_v1"))
-        elif kind is _Mark:
-            encoded = [([tokenizer.special(mark.name)], is_trained) for mark, is_trained in group]
+    encoded: list[tuple[Sequence[int], bool]] = [([tokenizer.special(chat.bos)], False)] if chat.bos else []
+    blocks: dict[int, _Block] = {}  # by their place in `encoded`
+    texts: list[tuple[str, bool]] = []  # that follow each other
+    joined = chat.template == "vicuna_v1"
+    for item, is_trained in pieces:
+        if isinstance(item, str):
+            texts.append((item, is_trained))
+            continue
+        if texts:
+            encoded += _text_ids(texts, tokenizer, joined)
+            texts = []
+        if isinstance(item, _Mark):
+            encoded.append(([tokenizer.special(item.name)], is_trained))
         else:
-            found = [block for block, _ in group]
-            blocks |= dict(enumerate(found, len(ids)))
-            encoded = [(block.tokens, False) for block in found]
-        ids += (one for one, _ in encoded)
-        flags += (is_trained for _, is_trained in encoded)
+            blocks[len(encoded)] = item
+            encoded.append((item.tokens, False))
+    encoded += _text_ids(texts, tokenizer, joined)
+    ids, flags = [one for one, _ in encoded], [is_trained for _, is_trained in encoded]
     lengths = [len(one) for one in ids]
     tokens = np.concatenate(ids, dtype=np.int32, casting="unsafe") if ids else np.zeros(0, np.int32)
     trained = np.repeat(np.array(flags, bool), lengths)
@@ -400,7 +404,7 @@ def _to_ids(pieces: Iterable[_Piece], plans: Sequence[Plan], tokenizer: Tokenize
 
 
 def _text_ids(
-    pieces: Iterable[tuple[str, bool]], tokenizer: Tokenizer, joined: bool
+    pieces: Sequence[tuple[str, bool]], tokenizer: Tokenizer, joined: bool
 ) -> Iterator[tuple[Sequence[int], bool]]:
     """Ids of texts that follow each other, apart by whether they are trained.
 
@@ -408,10 +412,13 @@ def _text_ids(
     sentencepiece vocabulary has the space before an answer in the answer's first token. What two encodings have in
     common at their beginning then belongs to the shorter text.
     """
-    texts = [("".join(text for text, _ in group), flag) for flag, group in itertools.groupby(pieces, lambda p: p[1])]
-    if not joined:
-        yield from ((tokenizer.ids(text), flag) for text, flag in texts)
+    if len(pieces) > 1:
+        groups = itertools.groupby(pieces, lambda piece: piece[1])
+        pieces = [("".join(text for text, _ in group), flag) for flag, group in groups]
+    if not joined or not pieces:
+        yield from ((tokenizer.ids(text), flag) for text, flag in pieces)
         return
+    texts = pieces
     whole, start, so_far = tokenizer.encode("".join(text for text, _ in texts)), 0, ""
     for text, flag in texts:
         so_far += text

@@ -119,6 +119,17 @@ def fill_batch(
     return batch
 
 
+def clear_padding(batch: Batch, rows: Sequence[Sequence[EncodedSample]]) -> None:
+    """Zeros wherever `fill_batch` puts no view of these samples."""
+    for number, row in enumerate(rows):
+        slot = 0
+        for area in (view.patch_grid.area for sample in row for plan in sample.plans for view in plan.views):
+            batch.patches[number, slot, area:] = 0
+            slot += 1
+        batch.patches[number, slot:] = 0
+    batch.patches[len(rows) :] = 0
+
+
 def rooms_for_views(batch: Batch, rows: Sequence[Sequence[EncodedSample]]) -> list[list[list[np.ndarray]]]:
     """Where `fill_batch` puts the views of samples: for each row, sample, view uint8[P_view, patch_bytes] of `batch`.
 

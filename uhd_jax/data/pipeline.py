@@ -22,12 +22,13 @@ import grain
 import numpy as np
 from absl import flags
 
-from uhd_jax.batch import Batch, Bucket, empty_batch
+from uhd_jax.batch import Batch, Bucket, empty_batch, patches_shape
 from uhd_jax.config import ConfigError, ModelConfig, StageConfig, TrainConfig
 from uhd_jax.data.balance import patches_of
+from uhd_jax.data.batch_memory import BatchMemory
 from uhd_jax.data.buckets import Fill, fill_of
 from uhd_jax.data.dropped import DroppedList
-from uhd_jax.data.packing import fill_batch, rooms_for_views
+from uhd_jax.data.packing import clear_padding, fill_batch, rooms_for_views
 from uhd_jax.data.prepare import Prepared
 from uhd_jax.data.sources import Source, SourceError
 from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -237,6 +238,7 @@ class _RenderedBatchIterator(grain.DatasetIterator):
         self._process = process
         self._skip, self._step = share
         self._window: Window | None = None
+        self._memory = BatchMemory()
         self._threads = min(8, cores())  # Pillow releases the GIL
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads)
 
@@ -279,8 +281,12 @@ class _RenderedBatchIterator(grain.DatasetIterator):
         numbers = packed.rows[index * share : (index + 1) * share]
         shape = packed.bucket
         bucket = Bucket(share, shape.slots, shape.tokens, shape.patches, planner.model.tower.patch_bytes)
-        batch = empty_batch(bucket)
-        rooms = rooms_for_views(batch, [[window.samples[i].sample for i in row] for row in numbers])
+        memory, used_before = self._memory.take(patches_shape(bucket))
+        batch = empty_batch(bucket, memory)
+        samples = [[window.samples[i].sample for i in row] for row in numbers]
+        if used_before:
+            clear_padding(batch, samples)
+        rooms = rooms_for_views(batch, samples)
         chained = itertools.chain.from_iterable
         tasks = [(window.samples[i], room) for i, room in zip(chained(numbers), chained(rooms), strict=True)]
         found = self._load_all(tasks)

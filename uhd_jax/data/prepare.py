@@ -94,7 +94,9 @@ class Preparer:
             tried[reduction] = self._encode(index, messages, drawn, reduction)
             return any(fits(tried[reduction].sample.needs, row) for row in rows)
 
-        stage = self.stage
+        stage, whole = self.stage, Reduction(self.stage.max_slices)
+        if fits_somewhere(whole):
+            return tried[whole]
         found = reduce_to_fit(fits_somewhere, stage.too_long, stage.max_slices, cuttable(messages))
         return tried[found] if found else None
 

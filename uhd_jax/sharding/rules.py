@@ -225,4 +225,6 @@ def check_rows(rows: int, accumulation: int, mesh: Mesh) -> None:
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Sends this process's rows (NumPy) to its devices; the result is the batch of all processes."""
     sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)  # all arrays at once: half the time
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
