@@ -15,6 +15,7 @@ from uhd_jax.config import (
     AugmentConfig,
     BucketConfig,
     ChatConfig,
+    ConfigError,
     DataConfig,
     PreResizeConfig,
     SlicingConfig,
@@ -142,6 +143,8 @@ def test_a_mixture_is_packed_in_its_shares(tmp_path):
     assert seen._places[:90].tolist() == [planner._stream[place] for place in range(90)]
     assert (seen._places < 40).mean() == pytest.approx(0.9, abs=0.02)
     assert seen.fit().buckets == planner.buckets
+    with pytest.raises(ConfigError, match="augment.ocr_parts: 'scans': the parts of its mixture are a, b"):
+        stage_data(mixture, augment=AugmentConfig(ocr_parts=("scans",)))
 
 
 def test_refilled_images_are_drawn(data):

@@ -184,8 +184,6 @@ def test_data_in_a_bucket(llava):
         ("json", "nowhere.json", "no such file, nor a folder or pattern"),
         ("parquet", "nowhere/*.parquet", "no such file, nor a folder or pattern"),
         ("tar", "nowhere", "no such file"),
-        ("array_record", "gs://bucket/x", "mount the bucket"),
-        ("arrow", "gs://bucket/x", "copy it here"),
         ("arrow", "nowhere", r"state\.json: cannot be read"),
     ],
 )

@@ -21,6 +21,7 @@ from uhd_jax.data.sources import files as files_module
 from uhd_jax.data.sources.conversation import parse
 from uhd_jax.data.sources.files import DataFile
 from uhd_jax.data.sources.json_rows import find_rows, read_row
+from uhd_jax.data.sources.paths import ImageRoot
 from uhd_jax.data.windows import COUNTERS
 from uhd_jax.slicing.plan import ImageRefused
 
@@ -74,7 +75,8 @@ def test_a_mark_in_an_answer_or_a_system_prompt_is_text():
             human("<image_00><image_00>", image={"<image_00>": "a", "<image_01>": "b"}),
             "images: 2 listed, but 2 marks '<image_00>', which show the images [0, 0]",
         ),
-        (human("x", image={"": "a"}), "image: the names of the images must be strings"),
+        (human("x", image={"": "a"}), "image: '' is no mark like '<image_00>'"),
+        (human("<image> a", image={"a": "a.png"}), "image: 'a' is no mark like '<image_00>'"),
         (human("<image>", image=None), "images: 0 listed, but 1 marks"),
         (human("x", image=[None]), "image[0]: expected a path, got null"),
         (human("x", image=3), "image: expected a path, got a number"),
@@ -208,6 +210,7 @@ def rooted(tmp_path):
         ("file:///etc/passwd", "not a path below the image root"),
         ("http://169.254.169.254/x.png", "not a path below the image root"),
         ("gs://bucket/a.png", "not a path below the image root"),
+        ("data:image/png;base64,iVBORw0KGgo=", "a data: URI; images are not read out of texts"),
     ],
 )
 def test_images_are_found_below_their_root_alone(rooted, kind, name, complaint):
@@ -221,6 +224,15 @@ def test_images_are_found_below_their_root_alone(rooted, kind, name, complaint):
             continue
         with pytest.raises(ImageRefused, match=complaint):
             look(0)
+
+
+def test_a_file_that_becomes_a_link_is_refused_though_its_folder_is_known(rooted):
+    root = ImageRoot(rooted)
+    assert root.open("a.png", 2**20) == os.path.realpath(rooted / "a.png")
+    (rooted / "a.png").rename(rooted.parent / "moved.png")
+    (rooted / "a.png").symlink_to(rooted.parent / "moved.png")
+    with pytest.raises(ImageRefused, match="leads out of the image root through a link"):
+        root.open("a.png", 2**20)
 
 
 def test_the_root_itself_may_be_a_link(rooted):

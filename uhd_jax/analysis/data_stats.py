@@ -22,6 +22,7 @@ from uhd_jax.data.chat import Needs, encode_chat
 from uhd_jax.data.fitting import Reduction, cuttable, reduce_to_fit, without_oldest
 from uhd_jax.data.index import REFERENCE, DataIndex, Trouble, block_tokens, chat_key
 from uhd_jax.data.packing import fits
+from uhd_jax.data.prepare import check_ocr_parts
 from uhd_jax.data.sources import Source, check_data, make_source
 from uhd_jax.data.sources.mixture import MixedStream, MixtureOptions, Stream
 from uhd_jax.data.tokenizer import load_tokenizer
@@ -195,6 +196,7 @@ class StageData:
         """int64[places]: the samples at the first places of the stage's stream, some epochs of those that are short."""
         options, seed = check_data(self.stage.data), self._seed
         mixed = isinstance(options, MixtureOptions)
+        check_ocr_parts(self.stage, [part.name for part in options.parts] if mixed else ())
         stream = MixedStream(options.parts, self.index.parts, seed) if mixed else Stream(len(self.index), seed)
         wanted = max(_EPOCHS * stream.epoch, min(PLANNING_SAMPLES, len(self.index)))
         return np.array([stream[place] for place in range(min(PACKED, wanted))], np.int64)

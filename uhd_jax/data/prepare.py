@@ -32,6 +32,13 @@ class Prepared(NamedTuple):
     alterations: tuple[Alteration, ...]  # one per image that is left
 
 
+def check_ocr_parts(stage: StageConfig, parts: Sequence[str]) -> None:
+    """Raises `ConfigError` where augment.ocr_parts names what is none of a mixture's parts; no parts: no mixture."""
+    for name in stage.augment.ocr_parts:
+        known = f"the parts of its mixture are {', '.join(parts)}" if parts else "its data is no mixture"
+        require(name in parts, f"stage {stage.name!r}: augment.ocr_parts", f"{name!r}: {known}")
+
+
 class Preparer:
     """Prepares the samples of a source for a stage; pickled into worker processes.
 
@@ -56,10 +63,7 @@ class Preparer:
         seed: int,
         jpeg_draft: bool = False,
     ):
-        known = source.parts if isinstance(source, Mixture) else ()
-        for name in stage.augment.ocr_parts:
-            parts = f"the parts of its mixture are {', '.join(known)}" if known else "its data is no mixture"
-            require(name in known, f"stage {stage.name!r}: augment.ocr_parts", f"{name!r}: {parts}")
+        check_ocr_parts(stage, source.parts if isinstance(source, Mixture) else ())
         self.source, self.stage, self.model = source, stage, model
         self._tokenizer, self._seed, self._jpeg_draft = tokenizer, seed, jpeg_draft
 

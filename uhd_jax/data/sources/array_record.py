@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -14,7 +13,8 @@ import numpy as np
 from uhd_jax.config import ImageLimits
 from uhd_jax.data.chat import Message
 from uhd_jax.data.record_format import RecordError, decode
-from uhd_jax.data.sources.files import find_files, is_url
+from uhd_jax.data.sources.files import DataFile, exists, find_files
+from uhd_jax.data.sources.local_copy import local_copy
 from uhd_jax.data.sources.protocol import SourceError
 from uhd_jax.data.sources.rows import FileOptions, RowSource
 
@@ -27,17 +27,14 @@ class ArrayRecordOptions:
 
 
 class ArrayRecords(RowSource):
-    """Samples of ArrayRecord shards.
+    """Samples of ArrayRecord shards: on a disk, in a bucket `gs://`, whose records the library reads in place, or in
+    another one, whose shards are copied once (`local_copy`).
 
     Raises:
-      SourceError: no shard, one in a bucket, or one that is not ArrayRecord.
+      SourceError: no shard, or one that is not ArrayRecord.
     """
 
     def __init__(self, options: ArrayRecordOptions, limits: ImageLimits = ImageLimits()):
-        if is_url(options.path):
-            raise SourceError(
-                f"{options.path}: ArrayRecord is read from a disk; copy the shards or mount the bucket (gcsfuse)"
-            )
         super().__init__(FileOptions(options.path), limits)
         self._options = options
         self._paths = find_files(options.path, ".arrayrecord")
@@ -75,11 +72,15 @@ class ArrayRecords(RowSource):
 
 def _check_whole(path: str, samples: int) -> None:
     """That a folder of `data.pack` holds all it should: a pack that was interrupted looks like a smaller one."""
-    try:
-        summary = json.loads(Path(path, "pack.json").read_text(encoding="utf-8"))
-        complete, packed = summary["complete"], summary.get("samples")
-    except OSError:
+    place = f"{path.rstrip('/')}/pack.json"
+    if not exists(place):
         return  # no folder, or shards that came without it
+    try:
+        file = DataFile(place)
+        summary = json.loads(file.read(0, file.size))
+        complete, packed = summary["complete"], summary.get("samples")
+    except SourceError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{path}/pack.json: damaged ({error}); pack again, or remove it") from None
     if not complete:
@@ -90,8 +91,11 @@ def _check_whole(path: str, samples: int) -> None:
 
 def _open(path: str) -> Any:
     try:
-        shard = grain.sources.ArrayRecordDataSource([path])
+        here = path if path.startswith("gs://") else local_copy(path)
+        shard = grain.sources.ArrayRecordDataSource([here])
         len(shard)
+    except SourceError:
+        raise
     except Exception as error:  # of several kinds, by what is wrong with the file
         raise SourceError(f"{path}: not a readable ArrayRecord file ({type(error).__name__}: {error})") from None
     return shard

@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from uhd_jax.config import ImageLimits
-from uhd_jax.data.sources.files import DataFile, is_url, needs_library
+from uhd_jax.data.sources.files import DataFile, exists, needs_library
+from uhd_jax.data.sources.local_copy import local_copy
 from uhd_jax.data.sources.protocol import SourceError
 from uhd_jax.data.sources.rows import FileOptions, RowSource
 
@@ -25,15 +26,14 @@ class ArrowOptions(FileOptions):
 
 
 class ArrowDataset(RowSource):
-    """Rows of a dataset on disk, mapped into memory: nothing is read before it is asked for.
+    """Rows of a dataset on disk, mapped into memory: nothing is read before it is asked for. One in a bucket is copied
+    once (`local_copy`).
 
     Raises:
       SourceError: no such dataset, several splits, or one without a column of conversations.
     """
 
     def __init__(self, options: ArrowOptions, limits: ImageLimits = ImageLimits()):
-        if is_url(options.path):
-            raise SourceError(f"{options.path}: is mapped into memory; copy it here, or pack it (uhd-jax data pack)")
         super().__init__(options, limits, options.path)
         self._tables = [_mapped(path) for path in _data_files(options.path)]
         self._ends = np.cumsum([table.num_rows for table in self._tables], dtype=np.int64)
@@ -103,7 +103,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _data_files(folder: str) -> list[str]:
     splits = os.path.join(folder, "dataset_dict.json")
-    if os.path.exists(splits):
+    if exists(splits):
         names = _json(splits).get("splits")
         raise SourceError(f"{folder}: has the splits {', '.join(map(str, names or []))}; name one: {folder}/train")
     state = os.path.join(folder, "state.json")
@@ -132,7 +132,7 @@ def _json(path: str) -> dict[str, Any]:
 
 def _mapped(path: str) -> Any:
     """The table of an Arrow file, its data left on the disk."""
-    arrow = library(path)
+    arrow, here = library(path), local_copy(path)
     with arrow_file(path, "Arrow"):
-        table = arrow.ipc.open_stream(arrow.memory_map(path)).read_all()
+        table = arrow.ipc.open_stream(arrow.memory_map(here)).read_all()
         return table.select(known_columns(path, table.column_names))

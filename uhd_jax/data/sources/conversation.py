@@ -72,8 +72,12 @@ def _images(record: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
     if value is None:  # as tables that also have rows with images are written as JSON
         return [], ()
     if isinstance(value, Mapping) and not _is_file(value):
-        if not all(isinstance(name, str) and name for name in value):
-            raise SourceError(f"{key}: the names of the images must be strings")
+        for name in value:
+            if not (isinstance(name, str) and re.fullmatch("<.+>", name)):  # in a text, "a" is everywhere
+                raise SourceError(
+                    f"{key}: {name!r:.80} is no mark like '<image_00>', as which images of an object are named in the "
+                    "texts; give a list of paths, or name them so"
+                )
         return [_image(one, f"{key}[{name!r:.80}]") for name, one in value.items()], tuple(value)
     if key == "image" and not isinstance(value, list | tuple):
         return [_image(value, key)], ()

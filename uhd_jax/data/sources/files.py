@@ -95,6 +95,16 @@ def find_files(path: str, suffix: str) -> list[str]:
     return sorted(found)
 
 
+def exists(path: str) -> bool:
+    """Whether there is such a file. Raises `SourceError` where a bucket does not answer."""
+    if not is_url(path):
+        return os.path.exists(path)
+    try:
+        return _file_system(path).exists(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
 def needs_library(name: str, purpose: str) -> SourceError:
     """The error that a library of the extra `data` is not installed."""
     return SourceError(f"{purpose} needs the package {name}: pip install 'uhd-jax[data]'")

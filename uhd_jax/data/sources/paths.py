@@ -30,6 +30,10 @@ class ImageRoot:
           ImageRefused: the path is absolute or an address, goes up by `..`, or leaves the folder through a link; or the
             image is not in its bucket, or larger than `max_bytes` there.
         """
+        if name[:5].lower() == "data:":
+            raise ImageRefused(
+                f"{name!r:.40}: a data: URI; images are not read out of texts, so write it to a file and name its path"
+            )
         parts = name.split("/")
         if not name or "\0" in name or is_url(name) or os.path.isabs(name) or ".." in parts:
             raise ImageRefused(f"{name!r:.200}: not a path below the image root {self._folder}; make it relative to it")

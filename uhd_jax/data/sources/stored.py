@@ -46,8 +46,13 @@ def stored_index(file: DataFile, kind: str, columns: int, make: Callable[[DataFi
     return stamped[1:]  # nowhere to write: every process makes its own
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `uhd_jax` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "uhd_jax")
+
+
 def _places(file: DataFile, kind: str) -> list[Path]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "uhd_jax")
+    cache = cache_folder()
     name = file.path if is_url(file.path) else os.path.realpath(file.path)
     cached = cache / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.{kind}.npy"
     beside = Path(file.path).with_name(f".{Path(file.path).name}.{kind}.npy")
