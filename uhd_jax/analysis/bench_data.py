@@ -2,10 +2,10 @@
 
     python -m uhd_jax.analysis.bench_data [--json] [--sizes 448x448 720x1280] [--images 24] [--repeats 5] [--draft]
 
-The *floor* is the time in which Pillow decodes the files and resizes them to the views of the plan, and nothing else:
-no header is checked, no patch cut, no text encoded, no batch filled. The pipeline does all of that, from a LLaVA JSON
-file and its images to arrays of the device. Both are measured in turns in this process, in processor time of all its
-threads, so that work beside it on the machine disturbs little; of the repeats the fastest counts.
+The *floor* is the time in which Pillow opens and decodes the files and resizes them to the views of the plan, and
+nothing else: no header is checked, no patch cut, no text encoded, no batch filled. The pipeline does all of that, from
+a LLaVA JSON file and its images to arrays of the device. Both are measured in turns in this process, in processor time
+of all its threads, so that work beside it on the machine disturbs little; of the repeats the fastest counts.
 
 The images are mosaics of the two photographs that scikit-learn ships, in their own resolution, saved as JPEG of quality
 90; slicing is v4's in full size.
@@ -95,7 +95,7 @@ def measure(sizes: Sequence[Size] = SIZES, images: int = 28, repeats: int = 3, d
 def _measure(size: Size, folder: Path, images: int, repeats: int, draft: bool) -> Speed:
     images = max(_LEAST, min(images, _PIXELS // (size.height * size.width)))
     path = write_photographs(folder, size, images, _SAMPLES)
-    files = [file.read_bytes() for file in sorted(folder.glob(f"{path.stem}-*.jpg"))]
+    files = sorted(folder.glob(f"{path.stem}-*.jpg"))
     plan = plan_image(size, MODEL)
     decoded = [_decode(file) for file in files]
     pipeline = _Pipeline(path, size, images, draft)
@@ -110,7 +110,7 @@ def _measure(size: Size, folder: Path, images: int, repeats: int, draft: bool) -
     return Speed(
         *size,
         views=len(plan.views),
-        bytes_per_pixel=statistics.mean(map(len, files)) / (size.height * size.width),
+        bytes_per_pixel=statistics.mean(file.stat().st_size for file in files) / (size.height * size.width),
         decode_ms=decode / images,
         resize_ms=resize / images,
         pipeline_ms=whole,
@@ -120,15 +120,16 @@ def _measure(size: Size, folder: Path, images: int, repeats: int, draft: bool) -
 
 
 def write_photographs(folder: Path, size: Size, images: int, samples: int = 0) -> Path:
-    """LLaVA JSON lines about so many images of a size; with more samples than images they come again."""
-    lines = []
-    for number in range(images):
-        name = f"{size.height}x{size.width}-{number:03d}.jpg"
+    """LLaVA JSON lines about so many images of a size, no two alike; with more samples than images they come again."""
+    names = [f"{size.height}x{size.width}-{number:03d}.jpg" for number in range(images)]
+    for number, name in enumerate(names):
         (folder / name).write_bytes(_photo(size, number))
-        said = [{"from": "human", "value": _QUESTION}, {"from": "gpt", "value": _ANSWER}]
-        lines.append(json.dumps({"image": name, "conversations": said}))
+    lines = []
+    for number in range(samples or images):
+        said = [{"from": "human", "value": _QUESTION}, {"from": "gpt", "value": f"{_ANSWER} ({number})"}]
+        lines.append(json.dumps({"image": names[number % images], "conversations": said}))
     path = folder / f"{size.height}x{size.width}.jsonl"
-    path.write_text("\n".join(itertools.islice(itertools.cycle(lines), samples or images)), encoding="utf-8")
+    path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
@@ -191,10 +192,10 @@ def _photo(size: Size, number: int) -> bytes:
     return buffer.getvalue()
 
 
-def _decode(file: bytes) -> Image.Image:
-    picture = Image.open(io.BytesIO(file), formats=image_io.FORMATS)
-    picture.load()
-    return picture
+def _decode(file: Path) -> Image.Image:
+    with Image.open(file, formats=image_io.FORMATS) as picture:
+        picture.load()
+        return picture
 
 
 def _resize_all(pictures: Sequence[Image.Image], plan: Plan) -> None:

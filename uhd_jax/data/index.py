@@ -52,7 +52,7 @@ class Texts:
     """Lengths of N samples in one prompt form and tokenizer, their images as `REFERENCE`."""
 
     tokens: np.ndarray  # int32[N]; 0 for a sample that is in trouble
-    trained: np.ndarray  # int32[N]; newlines between slices, which `train_turn_marks` trains in layout "v4", aside
+    trained: np.ndarray  # int32[N]
     troubles: dict[int, Trouble]  # by the number of the sample
 
 
