@@ -49,6 +49,7 @@ from uhd_jax.slicing.plan import Plan, Size, plan_image
 SIZES = (Size(448, 448), Size(720, 1280), Size(1344, 1344), Size(3136, 3136))
 QUALITY = 90
 _TILE = 320  # pixels per side of a piece of the mosaic
+_ROUNDS = 3  # of the files, in a window of samples that are planned together
 _PACKED_LENGTH = 4096
 _PIXELS = 16_000_000  # of all files of a size together, if these are no more than asked for and no fewer than
 _LEAST = 4
@@ -159,9 +160,9 @@ class _Pipeline:
 
     def __init__(self, path: Path, size: Size, images: int, draft: bool):
         # Nothing is prepared ahead, so that the time of a batch is that of its own images.
-        self._batches = open_batches(path, size, packing_window=images, prefetch=0, jpeg_draft=draft)
+        self._batches = open_batches(path, size, packing_window=_ROUNDS * images, prefetch=0, jpeg_draft=draft)
         self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        self._least = images
+        self._least = _ROUNDS * images
         self.close = self._batches.close
         self()  # opens, starts threads
 
