@@ -368,6 +368,10 @@ def _block(plan: Plan, chat: ChatConfig, number: int, placeholder: str, tokenize
 
 
 def _to_ids(pieces: Iterable[_Piece], plans: Sequence[Plan], tokenizer: Tokenizer, chat: ChatConfig) -> EncodedSample:
+    always: list[int] = []  # trained in every turn
+    if chat.template == "chatml" and chat.train_turn_marks:
+        newline = _single_id("\n", tokenizer, "switch config.model.chat.train_turn_marks off")
+        always = [newline, tokenizer.special(chat.turn_start), tokenizer.special(chat.turn_end)]
     encoded: list[tuple[Sequence[int], bool]] = [([tokenizer.special(chat.bos)], False)] if chat.bos else []
     blocks: dict[int, _Block] = {}  # by their place in `encoded`
     texts: list[tuple[str, bool]] = []  # that follow each other
@@ -394,9 +398,7 @@ def _to_ids(pieces: Iterable[_Piece], plans: Sequence[Plan], tokenizer: Tokenize
     for number, block in blocks.items():
         place = slice(starts[number], starts[number + 1])
         view[place], view_token[place] = block.view, block.view_token
-    if chat.template == "chatml" and chat.train_turn_marks:
-        newline = _single_id("\n", tokenizer, "switch config.model.chat.train_turn_marks off")
-        always = [newline, tokenizer.special(chat.turn_start), tokenizer.special(chat.turn_end)]
+    if always:
         outside = np.repeat([number not in blocks for number in range(len(ids))], lengths)
         trained |= outside & np.isin(tokens, always)
     trained[:1] = False
@@ -416,7 +418,7 @@ def _text_ids(
         groups = itertools.groupby(pieces, lambda piece: piece[1])
         pieces = [("".join(text for text, _ in group), flag) for flag, group in groups]
     if not joined or not pieces:
-        yield from ((tokenizer.ids(text), flag) for text, flag in pieces)
+        yield from ((tokenizer.encode(text), flag) for text, flag in pieces)
         return
     texts = pieces
     whole, start, so_far = tokenizer.encode("".join(text for text, _ in texts)), 0, ""

@@ -73,16 +73,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; marks written in it are encoded like any other characters."""
-        return self.ids(text).tolist()
-
-    def ids(self, text: str) -> np.ndarray:
-        """As `encode`: int32[N], read-only."""
-        return self._ids_of(text)
+        return self._ids_of(text).tolist()
 
     def _encode(self, text: str) -> np.ndarray:
-        ids = np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
-        ids.setflags(write=False)  # it is kept
-        return ids
+        return np.array(self._library.encode(text, add_special_tokens=False).ids, np.int32)
 
     def special(self, text: str) -> int:
         """Id of a mark, e.g. `<|im_end|>`.
