@@ -63,6 +63,8 @@ def groups(flops: Mapping[str, float]) -> dict[str, float]:
 def overhead_flops(config: ModelConfig, work: Work, mode: str | None = None, convention: Convention = DEFAULT) -> float:
     """FLOPs that the forward pass executes and that never count: resizing and pooling written as dense products.
 
+    The zeros in the patch embedding's kernel (`models.patches`), a third more of that one product, are left out.
+
     Raises as `forward_stretches`.
     """
     stretches = forward_stretches(config, work, mode, convention)
