@@ -149,9 +149,9 @@ def _sizes(case: Case) -> dict[str, Any]:
 def _pixels(case: Case) -> np.ndarray:
     """float32[V, 3, height, width], the views as images; which patch stands where does not matter for speed."""
     patch, (rows, cols) = case.model.tower.patch_size, case.grid
-    patches = full_batch(case).patches.reshape(case.views, -1, 3, patch, patch)[:, : rows * cols]
-    patches = patches.reshape(case.views, rows, cols, 3, patch, patch)
-    images = patches.transpose(0, 3, 1, 4, 2, 5).reshape(case.views, 3, rows * patch, cols * patch)
+    patches = full_batch(case).patches.reshape(case.views, -1, patch, patch, 4)[:, : rows * cols, ..., :3]
+    patches = patches.reshape(case.views, rows, cols, patch, patch, 3)
+    images = patches.transpose(0, 5, 1, 3, 2, 4).reshape(case.views, 3, rows * patch, cols * patch)
     return images.astype(np.float32) / 127.5 - 1
 
 
