@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import os
 import re
@@ -17,6 +18,7 @@ from tiny_assistant import SMALL, WIDE, make_assistant
 
 from uhd_jax.checkpoint import save_model
 from uhd_jax.cli import serve
+from uhd_jax.generation import shapes
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -123,13 +125,27 @@ def test_a_server_ends_what_it_began(folder, model):
     assert "Traceback" not in process.stderr.read()
 
 
-def test_a_server_over_a_mesh():
+def test_a_server_over_a_mesh(model, monkeypatch):
+    """Four devices give the tokens of one."""
+    pytest.importorskip("starlette")
+    from serving import question, running
+
+    of_a_server = shapes.serving_shapes
+    fewer = {"views": (2,), "patches": (128,)}  # programs to compile
+    monkeypatch.setattr(shapes, "serving_shapes", lambda *given: dataclasses.replace(of_a_server(*given), **fewer))
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
-    arguments = parser.parse_args(["--checkpoint=x", "--mesh=data=4,tensor=2", "--rows=3", "--max-length=256"])
+    arguments = parser.parse_args(["--checkpoint=x", "--mesh=data=2,tensor=2", "--rows=3", "--max-length=128"])
     engine = serve._engine(make_assistant(), arguments)
-    assert engine.shapes.rows == engine.shapes.prefill_rows == 4
-    assert len(engine._runner._state.cache["key"].sharding.device_set) == 8
+    assert engine.shapes.rows == 4 and engine.shapes.prefill_rows == 2
+    assert len(engine._runner._state.cache["key"].sharding.device_set) == 4
+    engine.start()
+    with running(engine) as server:
+        for text, images in (("Hello", []), ("What?", [WIDE])):
+            status, answer = server.chat(messages=question(text, *images), max_tokens=12)
+            expected = model.generate(text, images, max_new_tokens=12)
+            assert status == 200 and answer["choices"][0]["message"]["content"] == expected
+    engine.close()
 
 
 def test_impossible_servers(capsys, folder, tmp_path):

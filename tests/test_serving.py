@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import signal
 import socket
@@ -16,6 +17,7 @@ from tiny_assistant import SMALL, WIDE, make_assistant
 
 from uhd_jax.generation.engine import Engine
 from uhd_jax.generation.shapes import Shapes
+from uhd_jax.serving import completions
 
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -166,6 +168,8 @@ def test_models_health_and_metrics(client, server):
     assert status == 200 and float(metrics['uhd_jax_requests_total{status="200"}']) >= 1
     assert float(metrics['uhd_jax_tokens_total{kind="answer"}']) >= 12
     assert float(metrics["uhd_jax_visual_cache_bytes"]) > 0 and float(metrics["uhd_jax_requests_running"]) == 0
+    assert float(metrics["uhd_jax_decode_steps_total"]) > 0 and float(metrics["uhd_jax_views_encoded_total"]) > 0
+    assert float(metrics["uhd_jax_rows"]) == 3 and float(metrics["process_resident_memory_bytes"]) > 2**20
 
 
 def test_clients_of_openai_raise_their_own_errors(server, client):
@@ -262,6 +266,31 @@ def test_limits_of_a_body(engine):
             assert b" 408 " in connection.recv(100)
 
 
+def test_connections_that_ask_for_nothing(engine):
+    """They would use up the files that a process may open."""
+    with running(engine, body_seconds=0.2) as server:
+        for sent, status, code in (
+            (b"", None, None),
+            (b"GET /health HTTP/1.1\r\nHost: x\r\n", 408, "head_too_slow"),
+            (b"nonsense\r\n\r\n", 400, "invalid_http"),
+            (b"GET /health HTTP/1.1\r\nX: " + b"x" * 70_000, 400, "invalid_http"),
+        ):
+            with contextlib.closing(socket.create_connection(("127.0.0.1", server.port), 10)) as connection:
+                connection.sendall(sent)
+                answer = http.client.HTTPResponse(connection)
+                if status is None:
+                    assert connection.recv(1) == b""
+                    continue
+                answer.begin()
+                assert answer.status == status and json.loads(answer.read())["error"]["code"] == code
+        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        for _ in range(2):  # one that asks again in time is kept
+            client.request("GET", "/health")
+            assert client.getresponse().read() == b'{"status":"ok"}'
+        assert client.sock.recv(1) == b""
+        client.close()
+
+
 def test_the_name_of_another_host(engine):
     with running(engine, hosts=("localhost", "127.0.0.1")) as server:
         assert server.send("GET", "/v1/models")[0] == 200
@@ -312,19 +341,28 @@ def test_a_client_that_goes_away_frees_its_place(server, engine, held, stream):
     assert len(request.tokens) < 10
 
 
-def test_a_client_that_stops_reading(server, engine, client):
-    """Others go on meanwhile, and its place becomes free."""
+def test_a_client_that_stops_reading(engine, model):
+    """Others go on meanwhile, its place becomes free, and it is given up."""
     messages = question("Hello")
-    fields = {"model": "tiny", "messages": messages, "max_tokens": 200, "stream": True, "logprobs": True}
+    fields = {"model": "tiny", "messages": messages, "max_tokens": 200, "stream": True, "logprobs": True, "n": 3}
     body = json.dumps(fields | {"top_logprobs": 20}).encode()
-    with contextlib.closing(socket.socket()) as connection:
+    with running(engine, send_seconds=0.3) as server, contextlib.closing(socket.socket()) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", server.port))
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         head += f"Authorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
-        assert ask(client).usage.completion_tokens == 12
-        wait_until(lambda: engine.running == 0)
+        wait_until(lambda: engine.running == 3)
+        assert server.chat()[1]["choices"][0]["message"]["content"] == model.generate("Hello", max_new_tokens=4)
+        wait_until(lambda: engine.running == 0 and server.server.open == 0)
+
+
+def test_a_step_that_does_not_end(engine, held, monkeypatch):
+    monkeypatch.setattr(completions, "_GRACE", 0.1)
+    with running(engine, seconds=0.2) as server:
+        status, answer = server.chat()
+        assert (status, answer["error"]["code"]) == (504, "timeout")
+        held.set()
 
 
 def test_stopping_lets_running_requests_end_and_refuses_new_ones(model):

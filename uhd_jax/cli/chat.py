@@ -19,8 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from uhd_jax.cli.common import above_zero, fraction, not_negative, number, positive, whole_file
-from uhd_jax.config import MODES, RunConfig
+from uhd_jax.cli.answering import add_answer_arguments, answer_options, show
+from uhd_jax.cli.common import whole_file
+from uhd_jax.config import RunConfig
 
 CONFIG = "none"
 PROMPT = "> "
@@ -31,19 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="the folder of a training run or of a model")
     parser.add_argument("--image", action="append", default=[], metavar="F", help="shown with the first question")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
-    parser.add_argument("--max-new-tokens", type=positive, default=512, metavar="N", help="default: %(default)s")
-    parser.add_argument("--temperature", type=number, default=0.0, metavar="X", help="0: the likeliest token (default)")
-    parser.add_argument("--top-p", type=fraction, default=1.0, metavar="X", help="likeliest share to sample from")
-    parser.add_argument("--top-k", type=not_negative, default=0, metavar="N", help="sample from N tokens; 0: from all")
-    parser.add_argument("--seed", type=not_negative, default=0, metavar="N", help="seed of sampling")
-    parser.add_argument(
-        "--repetition-penalty", type=above_zero, default=1.0, metavar="X", help="above 1: against repetitions"
-    )
-    parser.add_argument("--mode", choices=MODES, help="4x leaves the compressor out (default: the model's)")
-    parser.add_argument("--max-slices", type=positive, metavar="N", help="replaces the model's limit")
-    parser.add_argument(
-        "--thinking", action=argparse.BooleanOptionalAction, help="think before answers (default: the model's habit)"
-    )
+    add_answer_arguments(parser, max_new_tokens=512)
 
 
 def run(arguments: argparse.Namespace, config: RunConfig | None) -> None:
@@ -116,21 +105,8 @@ class _Chat:
 
         parts = [{"type": "image", "image": pixels} for _, pixels in self._waiting]
         turn = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
-        arguments = self.arguments
         try:
-            answer = self.assistant.generate(
-                [*self._messages, turn],
-                max_new_tokens=arguments.max_new_tokens,
-                temperature=arguments.temperature,
-                top_p=arguments.top_p,
-                top_k=arguments.top_k,
-                seed=arguments.seed,
-                repetition_penalty=arguments.repetition_penalty,
-                max_slices=arguments.max_slices,
-                mode=arguments.mode,
-                thinking=arguments.thinking,
-                stream=_say,
-            )
+            answer = self.assistant.generate([*self._messages, turn], **answer_options(self.arguments), stream=show)
         except PromptError as error:
             if "max_length" in str(error):
                 raise PromptError(f"{error}; /reset begins anew") from error
@@ -173,8 +149,3 @@ class _Chat:
 
     def _help(self, _: str = "") -> None:
         print(__doc__[__doc__.index("A line is") :].rstrip(), flush=True)
-
-
-def _say(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"  # which may lack letters of the answer
-    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)

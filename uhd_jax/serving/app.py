@@ -157,8 +157,9 @@ class Server:
                 response = await _or_gone(request, self._whole(completion))
             self.metrics.requests.labels(response.status_code).inc()
             return response
-        except ApiError as error:
-            self.metrics.requests.labels(error.status).inc()
+        except Exception as error:
+            gone = 499 if isinstance(error, ClientDisconnect) else 500
+            self.metrics.requests.labels(getattr(error, "status", gone)).inc()
             raise
         finally:
             if not streams:
@@ -204,6 +205,7 @@ class Server:
                 async for piece in pieces:
                     yield _event(envelope | {"choices": [self._delta(completion, piece)]})
             except ApiError as error:
+                self.metrics.broken.labels(error.code).inc()
                 yield _event(error.to_json())
                 return
             if usage:

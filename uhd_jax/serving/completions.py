@@ -25,6 +25,7 @@ from uhd_jax.serving.protocol import ChatRequest, finite
 from uhd_jax.serving.settings import Settings
 from uhd_jax.slicing.plan import ImageRefused
 
+_GRACE = 5.0  # seconds
 _ENDS = {
     engines.EXPIRED: (504, "the answer took longer than this server allows", "timeout"),
     engines.CLOSED: (503, "the server is stopping", "stopping"),
@@ -178,7 +179,7 @@ class Completion:
         """
         open_choices, first = len(self.requests), True
         while open_choices:
-            piece = await self._pieces.get()
+            piece = await self._next()
             if first:
                 self.shared.metrics.first.observe(time.monotonic() - self.began)
                 first = False
@@ -189,6 +190,14 @@ class Completion:
                 open_choices -= 1
                 piece = dataclasses.replace(piece, reason=reason)
             yield piece
+
+    async def _next(self) -> Piece:
+        """The engine ends what is late between two steps, so here is only waited longer where a step does not end."""
+        left = self.shared.settings.seconds + _GRACE - (time.monotonic() - self.began)
+        try:
+            return await asyncio.wait_for(self._pieces.get(), left)
+        except TimeoutError:
+            raise ApiError(*_ENDS[engines.EXPIRED]) from None
 
     def close(self) -> None:
         """Gives up what is not answered yet."""

@@ -8,16 +8,21 @@ What is known to get around such lists, and why it does not here:
   the name is resolved once, every address must be a public one, and the connection goes to that address;
 - redirects: none are followed;
 - other ports, other schemes: refused unless the list has the port; only http and https;
-- an answer that never ends, or is huge: limits for time and bytes, also while it arrives; no compression is accepted.
+- private addresses of version 4 inside of those of version 6 (mapped, 6to4, Teredo, NAT64): looked at, or refused;
+- numbers for a name (octal, hexadecimal, one number): only a name on the list passes, letter by letter;
+- an answer that never ends, comes a byte at a time, or is huge: limits for its time as a whole and its bytes; no
+  compression is accepted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import re
 import socket
 import ssl
+import threading
 import time
 
 from uhd_jax.serving.errors import ApiError
@@ -46,6 +51,8 @@ def fetch(url: str, settings: Settings) -> bytes:
     try:
         return _get(scheme, host, port, path.partition("#")[0], deadline, settings)
     except (OSError, http.client.HTTPException) as error:
+        if time.monotonic() >= deadline:
+            raise _refused(f"took longer than {settings.fetch_seconds:g} seconds") from None
         raise _refused(f"host {host}:{port} could not be read ({type(error).__name__})") from None
 
 
@@ -56,43 +63,55 @@ def resolve(host: str, port: int) -> str:
       ApiError: the name leads, also, to an address that is not a public one.
     """
     found = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    for text in found:
-        address = ipaddress.ip_address(text.partition("%")[0])
-        address = getattr(address, "ipv4_mapped", None) or address
-        if not address.is_global or address.is_multicast:
-            raise _refused(f"host {host} has an address that is not a public one")
+    if not all(_public(ipaddress.ip_address(text.partition("%")[0])) for text in found):
+        raise _refused(f"host {host} has an address that is not a public one")
     return sorted(found)[0]
 
 
-def _get(scheme: str, host: str, port: int, path: str, deadline: float, settings: Settings) -> bytes:
-    def left() -> float:
-        if (seconds := deadline - time.monotonic()) <= 0:
-            raise _refused(f"took longer than {settings.fetch_seconds:g} seconds")
-        return seconds
+def _public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Also of the addresses of version 4 that stand in one of version 6: mapped, 6to4, Teredo; NAT64's are reserved."""
+    if address.version == 6:
+        if address.ipv4_mapped:
+            return _public(address.ipv4_mapped)
+        if address.sixtofour or address.teredo or address.is_site_local:
+            return False
+    return address.is_global and not (address.is_multicast or address.is_reserved)
 
-    connection = socket.create_connection((resolve(host, port), port), timeout=left())
+
+def _get(scheme: str, host: str, port: int, path: str, deadline: float, settings: Settings) -> bytes:
+    address = resolve(host, port), port
+    connection = socket.create_connection(address, timeout=max(deadline - time.monotonic(), 0.001))
+    twin = connection.dup()
+    # A timeout of the socket begins anew with every byte that comes, so a clock of its own cuts it off.
+    clock = threading.Timer(max(deadline - time.monotonic(), 0), _cut, [twin])
+    clock.start()
     try:
         if scheme == "https":
             connection = ssl.create_default_context().wrap_socket(connection, server_hostname=host)
         client = http.client.HTTPConnection(host, port)
         client.sock = connection  # so that it connects nowhere else
         client.auto_open = 0
-        connection.settimeout(left())
         client.request("GET", path, headers={"Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"})
         answer = client.getresponse()
         if answer.status != 200:
             raise _refused(f"answered with status {answer.status}; redirects are not followed")
         content = b""
-        while True:
-            connection.settimeout(left())
-            piece = answer.read1(65_536)
+        while piece := answer.read1(65_536):
             content += piece
             if len(content) > settings.fetch_bytes:
                 raise _refused(f"has more than {settings.fetch_bytes} bytes")
-            if not piece:
-                return content
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        return content
     finally:
+        clock.cancel()
+        twin.close()
         connection.close()
+
+
+def _cut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended by itself meanwhile
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _refused(problem: str) -> ApiError:

@@ -1,6 +1,7 @@
 """Many clients at once against a running server: errors, order, speed, and what it leaves in memory.
 
-  python -m uhd_jax.serving.load --url=http://127.0.0.1:8000/v1 --image=page.png --clients=64 --minutes=5 --pid=PID
+  python -m uhd_jax.serving.load --url=http://127.0.0.1:8000/v1 --model=NAME --image=page.png --clients=64 --minutes=5 \
+    --pid=PID
 
 Every client asks, reads the whole streamed answer, and asks again. Some requests show an image, some of them one that
 nobody has shown before; some are given up in the middle. Before the load the same requests are sent one by one, for the
@@ -128,6 +129,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     place = {value: rank for rank, value in enumerate(sorted(firsts))}
     late = [abs(place[value] - rank) for rank, value in enumerate(firsts)]
     waits = sorted(answer[1] - answer[0] for answer in answers)
+    median = statistics.median(waits)
     tokens = sum(answer[3] for answer in answers)
     tokens_alone = sum(answer[3] for answer in alone.answers)
     quarter = len(memory) // 4
@@ -139,12 +141,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "errors": [error for client in [alone, *clients] for error in client.errors],
         "answers_per_client": {"least": min(counts), "most": max(counts)},
         "places_out_of_order": {"median": statistics.median(late), "most": max(late)},
-        "first_text_seconds": {"median": round(statistics.median(waits), 3), "most": round(waits[-1], 3)},
+        "first_text_seconds": {
+            "median": round(median, 3),
+            "of 19 in 20 at most": round(waits[len(waits) * 19 // 20], 3),
+            "most": round(waits[-1], 3),
+            "most_by_median": round(waits[-1] / median, 2),
+        },
         "answers_per_second": round(len(answers) / seconds, 3),
         "tokens_per_second": round(tokens / seconds, 2),
         "tokens_per_second_one_by_one": round(tokens_alone / alone_seconds, 2),
         "ratio": round(tokens / seconds / (tokens_alone / alone_seconds), 2),
         "memory_mib": {
+            "every_half_minute": [value // 2**20 for value in memory[::30]],
             "second_quarter": max(memory[quarter : 2 * quarter], default=0) // 2**20,
             "last_quarter": max(memory[-quarter:], default=0) // 2**20,
         },

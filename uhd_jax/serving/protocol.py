@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -14,6 +16,9 @@ from uhd_jax.serving.errors import ApiError
 
 Number = Annotated[float, pydantic.Field(allow_inf_nan=False)]
 Count = Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)]
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Model(pydantic.BaseModel):
@@ -152,9 +157,8 @@ def parse_request(body: bytes) -> ChatRequest:
         problem = error.errors(include_url=False, include_input=False)[0]
         param = _place(problem["loc"])
         raise ApiError(400, f"{param or 'the body'}: {_words(problem)}", problem["type"], param or None) from None
-    for place, text in _texts(value, ""):
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ApiError(400, f"{place}: is not valid Unicode: it has a lone surrogate", "invalid_unicode", place)
+    if (place := _broken_text(value)) is not None:
+        raise ApiError(400, f"{place}: is not valid Unicode: it has a lone surrogate", "invalid_unicode", place)
     if request.stream_options and not request.stream:
         raise ApiError(400, "stream_options: only with stream=true", param="stream_options")
     if request.top_logprobs is not None and not request.logprobs:
@@ -166,31 +170,44 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
 
-def _texts(value: Any, place: str):
-    if isinstance(value, str):
-        yield place, value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _texts(inner, f"{place}.{key}" if place else str(key))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _texts(inner, f"{place}[{index}]")
+def _broken_text(value: Any) -> str | None:
+    """Where a text, or a field's name, has half a character. Without recursion, which a body could exhaust."""
+    path: list[int | str] = []
+    levels = [_items(value)]
+    while levels:
+        for key, inner in levels[-1]:
+            path[len(levels) - 1 :] = [key]
+            if any(isinstance(text, str) and _SURROGATE.search(text) for text in (key, inner)):
+                return _place(path)
+            if isinstance(inner, (dict, list)):
+                levels.append(_items(inner))
+                break
+        else:
+            levels.pop()
+    return None
 
 
-def _place(location: tuple[int | str, ...]) -> str:
+def _items(value: dict[str, Any] | list[Any]) -> Iterator[tuple[int | str, Any]]:
+    return iter(value.items()) if isinstance(value, dict) else enumerate(value)
+
+
+def _place(location: Sequence[int | str]) -> str:
     text = ""
     for step in location:
         if isinstance(step, int):
             text += f"[{step}]"
         elif not (text.endswith("]") and step in ("text", "image_url")) and not step.startswith(("list[", "str")):
             text += f".{step}" if text else step
-    return text[:200].encode("ascii", "backslashreplace").decode()
+        if len(text) > 200:
+            break
+    return text[:200].encode("unicode_escape").decode()
 
 
 def _words(problem: dict[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         return "there is no such field here"
-    return problem["msg"][0].lower() + problem["msg"][1:]
+    text = problem["msg"][:300].encode("unicode_escape").decode()  # it may quote what was sent
+    return text[0].lower() + text[1:]
 
 
 def finite(value: float) -> float | None:

@@ -4,15 +4,86 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import http
+import json
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from uhd_jax.serving.app import Server
+from uhd_jax.serving.errors import ApiError
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+class _Connection(H11Protocol):
+    """A connection that has to ask for something within `seconds`; what is no HTTP is refused in OpenAI's shape."""
+
+    def __init__(self, *arguments: Any, seconds: float, **options: Any):
+        super().__init__(*arguments, **options)
+        self._seconds, self._late = seconds, None
+
+    def connection_made(self, transport: Any) -> None:
+        """A client is there."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Part of a request, or several."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """What was asked last is answered."""
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone."""
+        super().connection_lost(exc)
+        self._rest()
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP."""
+        self._refuse(ApiError(400, "this is not a request of HTTP/1.1", "invalid_http"))
+
+    def _watch(self) -> None:
+        """Waits for a head only where no request is being answered."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._rest()
+        elif self._late is None and not self.transport.is_closing():
+            self._late = self.loop.call_later(self._seconds, self._give_up)
+
+    def _rest(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _give_up(self) -> None:
+        if self.conn.trailing_data[0]:
+            message = f"the head of the request took longer than {self._seconds:g} seconds to arrive"
+            self._refuse(ApiError(408, message, "head_too_slow"))
+        else:
+            self.transport.close()
+
+    def _refuse(self, error: ApiError) -> None:
+        body = json.dumps(error.to_json()).encode()
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        reason = http.HTTPStatus(error.status).phrase
+        head = h11.Response(status_code=error.status, headers=headers, reason=reason.encode())
+        with contextlib.suppress(h11.LocalProtocolError):  # where an answer was already begun it is cut off
+            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+        if self.cycle is not None:  # the request whose body broke off has nobody who waits for its answer
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -83,7 +154,7 @@ def run(
         timeout_keep_alive=30,
         timeout_graceful_shutdown=int(server.settings.send_seconds) + 1,
         h11_max_incomplete_event_size=65_536,
-        http="h11",
+        http=functools.partial(_Connection, seconds=server.settings.body_seconds),
         loop="asyncio",
         ws="none",
         lifespan="off",

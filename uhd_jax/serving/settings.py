@@ -19,7 +19,7 @@ class Settings:
     default_new_tokens: int = 512
     max_choices: int = 8  # n; 400
     seconds: float = 300.0  # from the request to the end of its answer; 504
-    body_seconds: float = 30.0  # for a request to arrive; 408
+    body_seconds: float = 30.0  # for the head of a request to arrive, and for its body; 408
     send_seconds: float = 30.0  # that a client may leave a piece of its answer unread; the connection is closed
     drain_seconds: float = 30.0  # that running requests have to end when the server stops; then 503
     fetch_hosts: tuple[str, ...] = ()  # hosts, or host:port, from which images are fetched
