@@ -96,15 +96,25 @@ def resident_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def processor_seconds(pid: int | None) -> float:
+    """That a process has used; 0 where none is watched."""
+    if not pid:
+        return 0.0
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """One by one, then all at once."""
     image = Image.fromarray(open_image(arguments.image))
     make = (arguments.url, arguments.key, arguments.model, image, arguments.tokens)
     alone = Client(*make, seed=0)
+    worked = [processor_seconds(arguments.pid)]
     began = time.monotonic()
     for _ in range(arguments.alone):
         alone.ask()
     alone_seconds = time.monotonic() - began
+    worked.append(processor_seconds(arguments.pid))
     clients = [Client(*make, seed=number) for number in range(1, arguments.clients + 1)]
     memory: list[int] = []
     began = time.monotonic()
@@ -123,6 +133,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             memory.append(resident_bytes(arguments.pid))
         time.sleep(1)
     seconds = time.monotonic() - began
+    worked.append(processor_seconds(arguments.pid))
     answers = sorted(answer for client in clients for answer in client.answers)
     counts = [len(client.answers) + client.given_up for client in clients]
     firsts = [answer[1] for answer in answers]
@@ -151,6 +162,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_second": round(tokens / seconds, 2),
         "tokens_per_second_one_by_one": round(tokens_alone / alone_seconds, 2),
         "ratio": round(tokens / seconds / (tokens_alone / alone_seconds), 2),
+        "server_processor_seconds_per_token": {
+            "one_by_one": round((worked[1] - worked[0]) / tokens_alone, 5),
+            "together": round((worked[2] - worked[1]) / tokens, 5),
+        },
         "memory_mib": {
             "every_half_minute": [value // 2**20 for value in memory[::30]],
             "second_quarter": max(memory[quarter : 2 * quarter], default=0) // 2**20,
@@ -171,7 +186,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of an answer at most (%(default)s)")
     parser.add_argument("--alone", type=int, default=20, help="requests sent one by one before (%(default)s)")
     parser.add_argument("--give-up", type=float, default=0.05, help="share of answers left in the middle (%(default)s)")
-    parser.add_argument("--pid", type=int, help="of the server, to watch its memory")
+    parser.add_argument("--pid", type=int, help="of the server, to watch its memory and work")
     print(json.dumps(measure(parser.parse_args()), indent=2))
 
 
