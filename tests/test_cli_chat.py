@@ -92,12 +92,13 @@ def test_mistakes_change_nothing(capsys, monkeypatch, folder):
     assert "max_length=32768; shorten it or lower max_slices; /reset begins anew" in out
 
 
-def test_a_server_ends_what_it_began(folder, model):
+def test_a_server_ends_what_it_began(folder, model, tmp_path):
     """As a process: started, asked, told to stop in the middle of an answer, killed and started again."""
     openai = pytest.importorskip("openai")
     command = [sys.executable, "-m", "uhd_jax", "serve", f"--checkpoint={folder / 'model'}", "--port=0"]
     command += ["--rows=2", "--max-length=300", "--name=tiny"]
-    environment = os.environ | {"UHD_JAX_API_KEY": "secret"}
+    environment = os.environ | {"UHD_JAX_API_KEY": "secret", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
     def start():
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
