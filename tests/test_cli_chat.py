@@ -127,19 +127,19 @@ def test_a_server_ends_what_it_began(folder, model, tmp_path):
 
 
 def test_a_server_over_a_mesh(model, monkeypatch):
-    """Four devices give the tokens of one."""
+    """Eight devices give the tokens of one."""
     pytest.importorskip("starlette")
     from serving import question, running
 
     of_a_server = shapes.serving_shapes
-    fewer = {"views": (2,), "patches": (128,)}  # programs to compile
+    fewer = {"views": (4,), "patches": (128,)}  # programs to compile
     monkeypatch.setattr(shapes, "serving_shapes", lambda *given: dataclasses.replace(of_a_server(*given), **fewer))
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
-    arguments = parser.parse_args(["--checkpoint=x", "--mesh=data=2,tensor=2", "--rows=3", "--max-length=128"])
+    arguments = parser.parse_args(["--checkpoint=x", "--mesh=data=2,fsdp=2,tensor=2", "--rows=3", "--max-length=128"])
     engine = serve._engine(make_assistant(), arguments)
-    assert engine.shapes.rows == 4 and engine.shapes.prefill_rows == 2
-    assert len(engine._runner._state.cache["key"].sharding.device_set) == 4
+    assert engine.shapes.rows == engine.shapes.prefill_rows == 4
+    assert len(engine._runner._state.cache["key"].sharding.device_set) == 8
     engine.start()
     with running(engine) as server:
         for text, images in (("Hello", []), ("What?", [WIDE])):
