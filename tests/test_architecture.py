@@ -27,7 +27,7 @@ FORBIDDEN = {
     "ops": {"flax"},
     "models": {"uhd_jax.data", "orbax", "grain"},
 }
-SERVING = {"prometheus_client", "pydantic", "starlette", "uvicorn"}  # the extra "serve"
+SERVING = {"h11", "prometheus_client", "pydantic", "starlette", "uvicorn"}  # the extra "serve"
 ONLY = {
     "orbax": {"checkpoint"},
     "torch": {"analysis", "convert.pickles"},
