@@ -240,14 +240,15 @@ def test_the_demo_of_v2_reads_a_cell_per_token(options):
     config = load_file(f"configs/demo.py:{options}")
     stages, model = config.train.stages, config.model
     layout = "A" if options == "v2,layout=A" else "B"
+    pages = ["squares", "wider", "taller", "pages"]
     vdim = ["vdim"] if options in ("v2", "v2,layout=A") else []
-    assert [stage.name for stage in stages] == [*vdim, "cells", "views", "squares", "pages", "questions"]
+    assert [stage.name for stage in stages] == [*vdim, "views", *pages]
     assert all("upsampler" not in stage.trainable for stage in stages[-5:])
     for stage in stages:
         assert model.chat.layout == layout == stage.data.options.get("layout", layout)
         plan = plan_image(make_source(stage.data).sizes(0)[0], model, max_slices=stage.max_slices)
         for view in plan.slices or plan.views:
-            assert view.patch_grid == Grid(4, 4) and view.visual_tokens == 4
+            assert view.patch_grid == Grid(2, 2) and view.visual_tokens == 4
             assert view.size == (2 * demo.CELL, 2 * demo.CELL)
 
 
