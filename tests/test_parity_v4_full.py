@@ -61,11 +61,22 @@ def test_logits_at_every_position(folder):
     ours = model.logits(io["input_ids"][0], images, mode=mode)
     assert ours.shape == io["logits"][0].shape
     error = np.abs(ours - io["logits_f64"][0]).max(axis=1)
-    # At one position the 4x model magnifies rounding: there transformers' own float32 is off by 1e-3, and the stored
-    # logits, whose delta rule is in float32, by 4e-4. The next test has all positions.
-    allowed = {58: 2e-3} if mode == "4x" else {}
-    over = {place: value for place, value in enumerate(error) if value > allowed.get(place, TOLERANCES[folder])}
+    # At a few positions the 4x model magnifies rounding. How much is measured: weights are moved by at most half of
+    # what float32 can tell apart. Where that moves the logits less than the tolerance, they must be within it.
+    moved = np.max([np.abs(noisy(model, seed, io, images, mode) - ours).max(axis=1) for seed in range(3)], axis=0)
+    over = {place: value for place, value in enumerate(error) if value > max(TOLERANCES[folder], 2 * moved[place])}
     assert not over
+    assert (moved < TOLERANCES[folder] / 2).mean() > 0.9  # so that hardly any position has more room
+
+
+def noisy(model, seed, io, images, mode):
+    """Logits by weights of which each is multiplied by 1 plus or minus at most 2**-24."""
+    random = np.random.default_rng(seed)
+    params = jax.tree.map(
+        lambda leaf: np.asarray(leaf) * (1 + (random.random(leaf.shape) - 0.5) * 2**-23).astype(np.float32),
+        model.params,
+    )
+    return Assistant(model.config, params, model.tokenizer).logits(io["input_ids"][0], images, mode=mode)
 
 
 @pytest.mark.parametrize("folder", ["v4_full_qwen35_16x", "v4_full_qwen35_4x"])
