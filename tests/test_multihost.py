@@ -126,7 +126,12 @@ SRUN = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}
     [
         (Launch(), MeshConfig(), {}, None),
         (Launch(), MeshConfig(data=8), SRUN, None),
-        (Launch(), MeshConfig(data=2, fsdp=8), {}, "process 0 sees 8 of the 16 devices that mesh data=2 fsdp=8"),
+        (
+            Launch(),
+            MeshConfig(data=2, fsdp=8),
+            {},
+            "process 0 sees 8 of the 16 devices that mesh dcn_data=1 data=2 fsdp=8",
+        ),
         (Launch(), MeshConfig(data=2, fsdp=8), SRUN, "promises; under SLURM JAX gives a task one GPU: use"),
         (Launch(), MeshConfig(), SRUN | {"SLURM_GPUS_ON_NODE": "9", "SLURM_NTASKS_PER_NODE": "1"}, "a node of 9 GPUs"),
         (Launch(), MeshConfig(), {"SLURM_NTASKS": "16"}, "=16, but this process trains alone: start it with srun"),
