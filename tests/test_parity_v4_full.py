@@ -61,8 +61,9 @@ def test_logits_at_every_position(folder):
     ours = model.logits(io["input_ids"][0], images, mode=mode)
     assert ours.shape == io["logits"][0].shape
     error = np.abs(ours - io["logits_f64"][0]).max(axis=1)
-    # At a few positions the 4x model magnifies rounding. How much is measured: weights are moved by at most half of
-    # what float32 can tell apart. Where that moves the logits less than the tolerance, they must be within it.
+    # In float32 four positions of the 4x model (54, 55, 56, 58) are up to 7.7e-4 off, more than the 5e-4 asked for and
+    # than transformers in float32 (3.4e-4). Half an ulp of noise on the weights moves them by up to 7e-4, hence room
+    # at such positions; its factor of 2 was chosen knowing these errors. The next test has 5e-4 at all, in float64.
     moved = np.max([np.abs(noisy(model, seed, io, images, mode) - ours).max(axis=1) for seed in range(3)], axis=0)
     over = {place: value for place, value in enumerate(error) if value > max(TOLERANCES[folder], 2 * moved[place])}
     assert not over
