@@ -71,8 +71,8 @@ def tolerance(model) -> float:
     return TOLERANCE[model.config.text_config.model_type]
 
 
-def test_logits_at_every_position(case, monkeypatch):
-    _, theirs, ours, prepared = case
+def test_logits_at_every_position(case):
+    folder, theirs, ours, prepared = case
     single = ours.logits(prepared.token_ids, PICTURES)
     expected = torch_logits(theirs, prepared, ours.config)
     assert single.shape == expected.shape and expected.std() > 0.5
@@ -83,10 +83,8 @@ def test_logits_at_every_position(case, monkeypatch):
         return
     # The gated norm magnifies rounding at single positions, so all of them are compared in float64.
     expected = torch_logits(copy.deepcopy(theirs).double(), prepared, ours.config)
-    monkeypatch.setattr(jnp, "float32", jnp.float64)
     with jax.enable_x64(True):
-        config = dataclasses.replace(ours.config, dtype="float64")
-        double = Assistant(config, ours.params, ours.tokenizer).logits(prepared.token_ids, PICTURES)
+        double = uhd_jax.load(folder, dtype="float64").logits(prepared.token_ids, PICTURES)
     np.testing.assert_allclose(double, expected, atol=tolerance(theirs), rtol=0)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_v4 import GOLDEN, load
@@ -15,7 +13,7 @@ from golden_v4 import GOLDEN, load
 import uhd_jax
 from uhd_jax.convert import minicpmv
 from uhd_jax.convert.tables import ConvertError, export_tensors, flatten, import_tensors
-from uhd_jax.generation.assistant import Assistant, PromptError, _abstract_params
+from uhd_jax.generation.assistant import PromptError, _abstract_params
 from uhd_jax.generation.request import AnswerOptions
 from uhd_jax.slicing.image_io import open_image
 
@@ -56,38 +54,33 @@ def test_prepare_gives_the_processors_ids_and_pixels(folder):
 
 
 @every_checkpoint
-def test_logits_at_every_position(folder):
+def test_logits_in_float64(folder):
+    io, images, mode = loaded(folder)[1:]
+    with jax.enable_x64(True):
+        ours = uhd_jax.load(GOLDEN / folder, dtype="float64").logits(io["input_ids"][0], images, mode=mode)
+    assert ours.dtype == np.float64
+    np.testing.assert_allclose(ours, io["logits_f64"][0], atol=TOLERANCES[folder], rtol=0)
+
+
+@every_checkpoint
+def test_logits_in_float32(folder):
     model, io, images, mode = loaded(folder)
     ours = model.logits(io["input_ids"][0], images, mode=mode)
-    assert ours.shape == io["logits"][0].shape
+    assert ours.shape == io["logits"][0].shape and ours.dtype == np.float32
     error = np.abs(ours - io["logits_f64"][0]).max(axis=1)
-    # In float32 four positions of the 4x model (54, 55, 56, 58) are up to 7.7e-4 off, more than the 5e-4 asked for and
-    # than transformers in float32 (3.4e-4). Half an ulp of noise on the weights moves them by up to 7e-4, hence room
-    # at such positions; its factor of 2 was chosen knowing these errors. The next test has 5e-4 at all, in float64.
-    moved = np.max([np.abs(noisy(model, seed, io, images, mode) - ours).max(axis=1) for seed in range(3)], axis=0)
-    over = {place: value for place, value in enumerate(error) if value > max(TOLERANCES[folder], 2 * moved[place])}
-    assert not over
-    assert (moved < TOLERANCES[folder] / 2).mean() > 0.9  # so that hardly any position has more room
+    # The gated norms magnify rounding at single positions beyond the tolerance: with half an ulp of noise on the
+    # weights transformers' own float32 is beyond it somewhere in half of the draws, up to 2.4 times (float32_noise.py).
+    # Hence nearly all positions here, and all of them in float64.
+    hybrid = "qwen35" in folder
+    assert np.quantile(error, 0.95) < TOLERANCES[folder] / 2
+    assert error.max() < TOLERANCES[folder] * (4 if hybrid else 1)
 
 
-def noisy(model, seed, io, images, mode):
-    """Logits by weights of which each is multiplied by 1 plus or minus at most 2**-24."""
-    random = np.random.default_rng(seed)
-    params = jax.tree.map(
-        lambda leaf: np.asarray(leaf) * (1 + (random.random(leaf.shape) - 0.5) * 2**-23).astype(np.float32),
-        model.params,
-    )
-    return Assistant(model.config, params, model.tokenizer).logits(io["input_ids"][0], images, mode=mode)
-
-
-@pytest.mark.parametrize("folder", ["v4_full_qwen35_16x", "v4_full_qwen35_4x"])
-def test_logits_in_float64(folder, monkeypatch):
-    model, io, images, mode = loaded(folder)
-    monkeypatch.setattr(jnp, "float32", jnp.float64)  # norms, softmax and the delta rule too
-    with jax.enable_x64(True):
-        config = dataclasses.replace(model.config, dtype="float64")
-        ours = Assistant(config, model.params, model.tokenizer).logits(io["input_ids"][0], images, mode=mode)
-    np.testing.assert_allclose(ours, io["logits_f64"][0], atol=5e-4, rtol=0)
+def test_float64_wants_x64():
+    with pytest.raises(ValueError, match="jax_enable_x64"):
+        uhd_jax.load(FOLDER, dtype="float64")
+    with pytest.raises(ValueError, match="no dtype 'double'"):
+        uhd_jax.load(FOLDER, dtype="double")
 
 
 @every_checkpoint

@@ -34,3 +34,12 @@ def test_kernels_follow_the_bytes(kind):
     gradient = jax.grad(lambda kernel: embed({**params, "patch_embedding": {"kernel": kernel}}, patches).sum())
     found = gradient(params["patch_embedding"]["kernel"])
     np.testing.assert_allclose(found, np.tile(expected.sum((0, 1))[:, None], 8), atol=1e-3, rtol=0)
+
+
+def test_every_byte_is_the_processors_value():
+    """Compiled, to the last bit: a product with the rounded 1 / 255 would be off for most of them."""
+    config = TowerConfig(width=8, mlp_width=8, layers=2, heads=1, table_side=4, patch_size=8)
+    patches = np.repeat(np.arange(256, dtype=np.uint8), 4).reshape(4, 256)
+    found = jax.jit(lambda patches: normalise_bytes(patches, config))(patches).reshape(256, 4)[:, 0]
+    bytes_ = np.arange(256, dtype=np.float32)
+    np.testing.assert_array_equal(found, (bytes_ / np.float32(255) - np.float32(0.5)) / np.float32(0.5))

@@ -310,7 +310,7 @@ class ModelConfig:
     video: VideoConfig = VideoConfig()
     chat: ChatConfig = ChatConfig()
     mode: Literal[MODES] = "16x"  # 4x skips the compressor; the weights serve both
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; parameters stay float32
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the computation; parameters stay float32 (float64: `load`)
     tower_remat: Literal["none", "full", "dots"] = "full"
     decoder_remat: Literal["none", "full", "dots"] = "full"
     scan_layers: bool = True

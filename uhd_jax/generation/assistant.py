@@ -373,17 +373,25 @@ def _views_and_patches(pictures: Sequence[Picture]) -> tuple[int, int]:
     return len(views), max(views, default=0)
 
 
-def load(directory: str | Path, max_length: int = 32_768) -> Assistant:
+def load(directory: str | Path, max_length: int = 32_768, dtype: str | None = None) -> Assistant:
     """Loads a model to talk to.
 
     Args:
       directory: a training workdir, a saved model, or a checkpoint folder of a whole model in PyTorch's layouts, such
         as MiniCPM-V 4.6 of transformers.
       max_length: as in `Assistant`.
+      dtype: "float32", "bfloat16", or "float64" for parameters and computation in double, to be compared with a
+        reference in double, which wants `jax_enable_x64`; weights of resizing and rotary angles stay float32, as
+        PyTorch's do. None: what the model's config says.
 
     Raises:
       CheckpointError, ConvertError, TokenizerError: what is missing or does not fit, and where.
+      ValueError: an unknown dtype, or float64 without `jax_enable_x64`.
     """
+    if dtype not in (None, "float32", "bfloat16", "float64"):
+        raise ValueError(f"no dtype {dtype!r}; there are float32, bfloat16 and float64")
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError('dtype float64 needs jax.config.update("jax_enable_x64", True) first')
     directory = Path(directory)
     if not directory.is_dir():
         problem = "is a file" if directory.exists() else "does not exist"
@@ -391,9 +399,14 @@ def load(directory: str | Path, max_length: int = 32_768) -> Assistant:
     if (directory / "config.json").exists():  # no folder of ours has one
         with open_source(directory) as source:
             config, params = _imported(source)
-            return Assistant(config, params, foreign_tokenizer(directory, config.chat), max_length)
-    params, config = load_model(directory)
-    return Assistant(config, params, load_tokenizer(directory / "tokenizer", config.chat), max_length)
+        tokenizer = foreign_tokenizer(directory, config.chat)
+    else:
+        params, config = load_model(directory)
+        tokenizer = load_tokenizer(directory / "tokenizer", config.chat)
+    if dtype:
+        config = dataclasses.replace(config, dtype=dtype)
+        params = jax.tree.map(lambda leaf: leaf.astype("float64"), params) if dtype == "float64" else params
+    return Assistant(config, params, tokenizer, max_length)
 
 
 def foreign_tokenizer(folder: Path, chat: ChatConfig | None = None) -> Tokenizer:

@@ -84,7 +84,7 @@ def start(config: ModelConfig, rows: int, length: int, mesh: Mesh | None = None)
         channels = 2 * keys + decoder.delta_value_heads * decoder.delta_value_dim
         shapes["conv"] = (delta, rows, decoder.delta_conv - 1, channels)
         shapes["state"] = (delta, rows, decoder.delta_value_heads, decoder.delta_key_dim, decoder.delta_value_dim)
-    kinds = {"state": jnp.float32}
+    kinds = {"state": jnp.promote_types(dtype, jnp.float32)}
     cache = {name: jnp.zeros(shape, kinds.get(name, dtype)) for name, shape in shapes.items()}
     return pinned(State(cache, jnp.zeros(rows, jnp.int32), jnp.zeros((rows, decoder.vocab_size), bool)), mesh)
 

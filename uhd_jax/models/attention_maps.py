@@ -24,6 +24,7 @@ from uhd_jax.models.compressor import _CrossAttention
 from uhd_jax.models.decoder import DecoderAttention
 from uhd_jax.models.layers import Attention
 from uhd_jax.models.resampler import WindowAttention
+from uhd_jax.ops.precision import wide_dtype
 from uhd_jax.ops.rope import apply_rope
 
 _PROJECTED = {"query": "query", "key": "key", "query_norm": "query", "key_norm": "key"}
@@ -47,9 +48,9 @@ def weights(query: jax.Array, key: jax.Array, seen: jax.Array | None) -> jax.Arr
     """
     heads, head_dim = query.shape[-2:]
     key = jnp.repeat(key, heads // key.shape[-2], axis=-2)
-    logits = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=wide_dtype(query)) * head_dim**-0.5
     if seen is not None:
-        logits = jnp.where(seen[:, None], logits, jnp.finfo(jnp.float32).min)
+        logits = jnp.where(seen[:, None], logits, jnp.finfo(logits.dtype).min)
     return jnp.mean(jax.nn.softmax(logits, axis=-1), axis=1)
 
 

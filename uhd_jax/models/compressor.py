@@ -16,6 +16,7 @@ from uhd_jax.config import TowerConfig
 from uhd_jax.models import layers
 from uhd_jax.ops.attention import attention
 from uhd_jax.ops.merge import merge_windows
+from uhd_jax.ops.precision import wide
 
 REUSED = ("reused_mlp", "cross_attention_top_left", "cross_attention_mean", "window_attention_mlp")
 REUSED += ("window_attention_reused_mlp",)
@@ -60,7 +61,7 @@ class Compressor(nn.Module):
         windows = merge_windows(x)
         joined = self._norm("mlp_norm")(windows.reshape(*windows.shape[:-2], -1))
         hidden = nn.gelu(layers.dense(4 * self.config.mlp_width, self.dtype, "linear_1")(joined), approximate=True)
-        residual = jnp.mean(windows.astype(jnp.float32), axis=-2).astype(self.dtype)
+        residual = jnp.mean(wide(windows), axis=-2).astype(self.dtype)
         return layers.dense(self.config.width, self.dtype, "linear_2")(hidden) + residual
 
     def _plain_mlp(self, x: jax.Array) -> jax.Array:
@@ -92,7 +93,7 @@ class Compressor(nn.Module):
         def pick(windows):
             if self.kind == "cross_attention_top_left":
                 return windows[..., 0, :]
-            return jnp.mean(windows.astype(jnp.float32), axis=-2).astype(windows.dtype)
+            return jnp.mean(wide(windows), axis=-2).astype(windows.dtype)
 
         windows = merge_windows(self._norm("norm1")(x)).reshape(-1, 4, width)
         block = _CrossAttention(heads, self.dtype, name="attention")

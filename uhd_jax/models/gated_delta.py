@@ -15,6 +15,7 @@ from uhd_jax.ops.gated_delta import (
     convolution_tail,
     recurrent_delta,
 )
+from uhd_jax.ops.precision import wide
 from uhd_jax.sharding.activations import by_heads, by_tokens
 
 DeltaCache = dict[str, jax.Array]  # "conv": float[.., K - 1, C]; "state": float32[.., N, key dim, value dim]
@@ -56,7 +57,7 @@ class GatedDelta(nn.Module):
         cfg = self.config
         key_heads, heads = cfg.delta_key_heads, cfg.delta_value_heads
         keys, values = key_heads * cfg.delta_key_dim, heads * cfg.delta_value_dim
-        channels, float32 = 2 * keys + values, jnp.float32
+        channels, float32 = 2 * keys + values, jnp.float32  # of parameters
 
         def project(name, features):
             return layers.dense(features, self.dtype, name, bias=False)(x)
@@ -74,15 +75,15 @@ class GatedDelta(nn.Module):
 
         rate = jnp.exp(self.param("log_decay", _decay_init, (heads,), float32))
         bias = self.param("dt_bias", _dt_init, (heads,), float32)
-        log_decay = by_heads(-rate * nn.softplus(project("a", heads).astype(float32) + bias))
-        beta = by_heads(nn.sigmoid(project("b", heads).astype(float32)))
+        log_decay = by_heads(-rate * nn.softplus(wide(project("a", heads)) + bias))
+        beta = by_heads(nn.sigmoid(wide(project("b", heads))))
         if cache is None:
             out, state = chunked_delta(query, key, value, log_decay, beta, segments)
             out = by_tokens(out)
         else:
             out, state = recurrent_delta(query, key, value, log_decay, beta, segments, cache["state"])
 
-        gate = project("z", values).astype(float32).reshape(out.shape)
-        out = layers.RMSNorm(cfg.norm_eps, float32, name="norm")(out) * nn.silu(gate)
+        gate = wide(project("z", values)).reshape(out.shape)
+        out = layers.RMSNorm(cfg.norm_eps, out.dtype, name="norm")(out) * nn.silu(gate)
         out = out.reshape(*x.shape[:2], values).astype(self.dtype)
         return layers.dense(cfg.width, self.dtype, "out", bias=False)(out), {"conv": tail, "state": state}

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from uhd_jax.models import layers
 from uhd_jax.models.pyramid import Pyramid
 from uhd_jax.models.resampler import Resampler, WindowAttention, query_init
+from uhd_jax.ops.precision import wide_dtype
 from uhd_jax.ops.roi_align import choose_bins, pool_table, pool_windows
 
 # (height, width) of a window's bins on levels 0 to 3. The paper (Table 6) has only the idea, finer bins at higher
@@ -72,7 +73,8 @@ def pool_projected(
     kernel = jnp.concatenate([linear["kernel"], linear["bias"][None]])
     kernel -= jnp.mean(kernel, axis=-1, keepdims=True)
     form = (kernel @ kernel.T / kernel.shape[-1]).astype(cells.dtype)
-    variance = jnp.sum(jnp.matmul(cells, form, preferred_element_type=jnp.float32) * cells, axis=-1, keepdims=True)
+    products = jnp.matmul(cells, form, preferred_element_type=wide_dtype(cells)) * cells
+    variance = jnp.sum(products, axis=-1, keepdims=True)
     cells = (cells * jax.lax.rsqrt(jnp.maximum(variance, 0) + eps)).astype(cells.dtype)
     pooled, mask = pool_windows(jnp.concatenate([cells, one], axis=-1), grids, bins, side, box_dtype)
     return pooled @ jnp.concatenate([kernel * norm["scale"], norm["bias"][None]]).astype(cells.dtype), mask

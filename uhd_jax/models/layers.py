@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from uhd_jax.models.attending import self_attention
+from uhd_jax.ops.precision import wide
 from uhd_jax.ops.rope import apply_rope_pairs
 from uhd_jax.sharding.activations import over_tokens
 from uhd_jax.sharding.gathering import GatherLayer, keep_all_but_whole
@@ -43,7 +44,7 @@ class LayerNorm(nn.Module):
         """float[..., D] -> float[..., D]."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
+        x = wide(x)
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         return (centred * jax.lax.rsqrt(variance + self.eps) * scale + bias).astype(self.dtype)
@@ -61,7 +62,7 @@ class RMSNorm(nn.Module):
         """float[..., D] -> float[..., D]."""
         start = nn.initializers.zeros if self.zero_centred else nn.initializers.ones
         scale = self.param("scale", start, (x.shape[-1],), jnp.float32) + float(self.zero_centred)
-        x = x.astype(jnp.float32)
+        x = wide(x)
         rms = jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         return (x / rms * scale).astype(self.dtype)
 

@@ -15,12 +15,23 @@ import numpy as np
 
 from uhd_jax.config import TowerConfig
 
+# 1 / 255 in two parts. Times a byte the first, of 16 bits, is exact, so that the sum of both is x / 255 well rounded.
+_HIGH = np.float32(round(2**23 / 255) / 2**23)
+_LOW = np.float32(1 / 255 - float(_HIGH))
+
 
 def normalise_bytes(patches: jax.Array, config: TowerConfig) -> jax.Array:
-    """uint8[.., patch_bytes] -> float32 with the tower's mean and deviation; on device, so that bytes travel."""
+    """uint8[.., patch_bytes] -> float32 with the tower's mean and deviation; on device, so that bytes travel.
+
+    (x / 255 - mean) / std as the processors of the checkpoints have it, for SigLIP's values bit for bit. Compilers turn
+    x / 255 into a product with the rounded 1 / 255: most bytes then err by the same little upwards, which all pixels
+    share and deep models magnify.
+    """
     pixels = config.patch_size**2
     mean, std = np.tile((*config.pixel_mean, 0.0), pixels), np.tile((*config.pixel_std, 1.0), pixels)
-    return patches.astype(jnp.float32) / (255 * std).astype(np.float32) - (mean / std).astype(np.float32)
+    x = patches.astype(jnp.float32)
+    unit = x * _HIGH + x * _LOW
+    return (unit - mean.astype(np.float32)) / std.astype(np.float32)
 
 
 def normalise_patches(patches: jax.Array, config: TowerConfig) -> jax.Array:

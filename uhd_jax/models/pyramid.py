@@ -17,6 +17,7 @@ from uhd_jax.config import PyramidConfig
 from uhd_jax.models import layers
 from uhd_jax.ops import neighbourhood as nb
 from uhd_jax.ops.merge import patch_coordinates
+from uhd_jax.ops.precision import wide, wide_dtype
 
 RADIUS = 3
 DIAMETER = 2 * RADIUS + 1
@@ -141,7 +142,7 @@ class Vdim(nn.Module):
         kernel /= jnp.maximum(jnp.sum(kernel, axis=-1, keepdims=True), 1e-7)
         hidden = nn.gelu(self.kernel_0(jnp.concatenate([kernel, guidance], axis=-1)), approximate=False)
         residual = self.kernel_1(self.dropout(hidden, deterministic=not dropout))
-        return kernel + 0.1 * residual.astype(jnp.float32)  # need not be positive, nor sum to one
+        return kernel + 0.1 * wide(residual)  # need not be positive, nor sum to one
 
     def range_kernel(self, guidance: jax.Array, grids: jax.Array, patches: int, dropout: bool = False) -> jax.Array:
         """Softmax float32[V, N, 49] over each cell's neighbours of how alike the image is there; args of `kernel`."""
@@ -151,7 +152,7 @@ class Vdim(nn.Module):
         views, cells, size = len(keys), 4**self.level, windows.shape[2]
         around = nb.take_cells(keys, windows.reshape(views, -1)).reshape(views, patches, size, KEY_WIDTH)
         own = keys.reshape(views, patches, cells, KEY_WIDTH)
-        alike = jnp.einsum("vpqd,vpkd->vpqk", own, around, preferred_element_type=jnp.float32)
+        alike = jnp.einsum("vpqd,vpkd->vpqk", own, around, preferred_element_type=wide_dtype(own))
         side = 2**self.level
         alike = alike.reshape(views, patches, side, side, side + 2 * RADIUS, side + 2 * RADIUS)
         neighbours = [

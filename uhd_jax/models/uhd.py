@@ -27,6 +27,7 @@ from uhd_jax.models.resampler import Perceiver, SpatialResampler
 from uhd_jax.models.vit import Tower
 from uhd_jax.ops.losses import chunked_cross_entropy
 from uhd_jax.ops.merge import place_visual_tokens
+from uhd_jax.ops.precision import wide_dtype
 from uhd_jax.sharding.activations import mesh_in_use, pad_tokens
 from uhd_jax.sharding.gathering import GatherLayer
 from uhd_jax.sharding.views import fold_views, on_every_chip, unfold_views
@@ -149,7 +150,7 @@ def head_kernel(params: Params, config: ModelConfig) -> jax.Array:
 
 def _project(hidden: jax.Array, params: Params, config: ModelConfig) -> jax.Array:
     kernel = head_kernel(params, config).astype(hidden.dtype)
-    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    return jnp.matmul(hidden, kernel, preferred_element_type=wide_dtype(hidden))
 
 
 def logits(params: Params, batch: Batch, config: ModelConfig, mode: str | None = None) -> jax.Array:

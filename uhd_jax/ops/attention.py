@@ -9,6 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from uhd_jax.ops.precision import wide, wide_dtype
+
 BLOCK = 512  # queries that long rows are worked through by
 LONG = 2**22  # pairs of query and key from which on logits of all of them never exist together
 
@@ -91,10 +93,10 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array 
     # The query heads of a key head are so many more queries.
     query = query.reshape(batch, length, key_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
     query = query.reshape(batch, key_heads, groups * length, head_dim)
-    logits = jnp.matmul(query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+    logits = jnp.matmul(query, key, preferred_element_type=wide_dtype(query)) * head_dim**-0.5
     if mask is not None:
         logits = logits.reshape(batch, key_heads, groups, length, -1)
-        logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
+        logits = jnp.where(mask[:, :, None], logits, jnp.finfo(logits.dtype).min)
         logits = logits.reshape(batch, key_heads, groups * length, -1)
     out = _weighted_values(logits, value)
     out = out.reshape(batch, key_heads, groups, length, head_dim).transpose(0, 3, 1, 2, 4)
@@ -119,8 +121,8 @@ def _forward(logits, value):
 
 def _backward(kept, gradient):
     weights, value, out = kept
-    of_weights = jnp.matmul(gradient, jnp.swapaxes(value, -1, -2), preferred_element_type=jnp.float32)
-    mean = jnp.sum(gradient.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    of_weights = jnp.matmul(gradient, jnp.swapaxes(value, -1, -2), preferred_element_type=wide_dtype(gradient))
+    mean = jnp.sum(wide(gradient) * wide(out), axis=-1, keepdims=True)
     return weights * (of_weights - mean), jnp.matmul(jnp.swapaxes(weights, -1, -2), gradient)
 
 

@@ -18,6 +18,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from uhd_jax.ops.precision import wide, wide_dtype
+
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -32,7 +34,7 @@ def causal_convolution(x: jax.Array, kernel: jax.Array, segments: jax.Array) -> 
     Returns:
       float32[B, T, C].
     """
-    x, width = x.astype(jnp.float32), len(kernel)
+    x, width = wide(x), len(kernel)
     out = x * kernel[-1]
     for back in range(1, min(width, x.shape[1])):
         same = (segments[:, back:] == segments[:, :-back])[..., None]
@@ -58,7 +60,7 @@ def convolution_step(x: jax.Array, kernel: jax.Array, tail: jax.Array) -> tuple[
       float32[B, 1, C], and the next tail.
     """
     seen = jnp.concatenate([tail, x.astype(tail.dtype)], axis=1)
-    return jnp.sum(seen.astype(jnp.float32) * kernel, axis=1, keepdims=True), seen[:, 1:]
+    return jnp.sum(wide(seen) * kernel, axis=1, keepdims=True), seen[:, 1:]
 
 
 def _prepared(query, key, value, log_decay, beta, segments):
@@ -66,14 +68,14 @@ def _prepared(query, key, value, log_decay, beta, segments):
     groups = value.shape[2] // key.shape[2]
 
     def normalised(x):
-        x = x.astype(jnp.float32)
+        x = wide(x)
         x = x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
         return jnp.repeat(x, groups, axis=2)
 
     active = (segments > 0)[..., None]
-    log_decay, beta = (jnp.where(active, a.astype(jnp.float32), 0) for a in (log_decay, beta))
+    log_decay, beta = (jnp.where(active, wide(a), 0) for a in (log_decay, beta))
     scale = key.shape[-1] ** -0.5
-    return normalised(query) * scale, normalised(key), value.astype(jnp.float32), log_decay, beta
+    return normalised(query) * scale, normalised(key), wide(value), log_decay, beta
 
 
 def _starts(segments):
@@ -83,7 +85,7 @@ def _starts(segments):
 
 
 def _empty_state(key, value):
-    return jnp.zeros((value.shape[0], value.shape[2], key.shape[-1], value.shape[-1]), jnp.float32)
+    return jnp.zeros((value.shape[0], value.shape[2], key.shape[-1], value.shape[-1]), wide_dtype(value))
 
 
 def recurrent_delta(

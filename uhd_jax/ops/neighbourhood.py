@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from uhd_jax.ops.merge import patch_coordinates
+from uhd_jax.ops.precision import wide_dtype
 from uhd_jax.ops.resize import bicubic_taps
 
 GATHERED_BYTES = 2**24  # per view, of windows that exist at one time
@@ -125,7 +126,7 @@ def combine_windows(cells: jax.Array, windows: jax.Array, weights: jax.Array) ->
     @jax.checkpoint
     def combine(cells, windows, weights):
         gathered = take_cells(cells, windows.reshape(views, -1)).reshape(*windows.shape, width)
-        summed = jnp.einsum("vpqk,vpkc->vpqc", weights, gathered, preferred_element_type=jnp.float32)
+        summed = jnp.einsum("vpqk,vpkc->vpqc", weights, gathered, preferred_element_type=wide_dtype(gathered))
         return summed.astype(cells.dtype)
 
     chunk = max(1, GATHERED_BYTES // (size * width * cells.dtype.itemsize))

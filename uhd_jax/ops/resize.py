@@ -12,6 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from uhd_jax.ops.precision import wide
+
 _A = -0.75
 
 
@@ -73,7 +75,7 @@ def resize_table(
     def read(table: jax.Array) -> jax.Array:
         down, across = bicubic_rows(grids[:, 0], rows, shape[0]), bicubic_rows(grids[:, 1], cols, shape[1])
         weights = (down[..., :, None] * across[..., None, :]).reshape(*rows.shape, shape[0] * shape[1])
-        return jnp.matmul(weights, table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        return jnp.matmul(weights, wide(table), precision=jax.lax.Precision.HIGHEST)
 
     return read(table)
 
@@ -93,11 +95,11 @@ def upsample_2x(features: jax.Array, grids: jax.Array) -> jax.Array:
     patches = features.shape[1]
     index = jnp.arange(2 * patches)[None]
     taps, weight = bicubic_taps(2 * grids[:, 1], index % (2 * cols), grids[:, 1])
-    wide = _combine(features.astype(jnp.float32), (index // (2 * cols))[..., None] * cols[..., None] + taps, weight)
+    broad = _combine(wide(features), (index // (2 * cols))[..., None] * cols[..., None] + taps, weight)
     index = jnp.arange(4 * patches)[None]
     taps, weight = bicubic_taps(2 * grids[:, 0], index // (2 * cols), grids[:, 0])
     index = taps * 2 * cols[..., None] + (index % (2 * cols))[..., None]
-    return _combine(wide, index, weight).astype(features.dtype)
+    return _combine(broad, index, weight).astype(features.dtype)
 
 
 def _combine(x: jax.Array, index: jax.Array, weight: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from uhd_jax.ops.precision import wide
 from uhd_jax.ops.resize import bicubic_rows
 
 MAX_BINS = 12  # of a window
@@ -118,7 +119,7 @@ def pool_table(
     @jax.checkpoint
     def pool(table: jax.Array) -> jax.Array:
         weights = _weights(grids, bins, side, box_dtype, resized(0), resized(1))
-        return jnp.matmul(weights, table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        return jnp.matmul(weights, wide(table), precision=jax.lax.Precision.HIGHEST)
 
     return pool(table).reshape(len(grids), side * side, MAX_BINS, -1)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from uhd_jax.ops.precision import wide
+
 
 def rope_angles(
     positions: jax.Array, rotary_dim: int, theta: float, sections: tuple[int, ...] = ()
@@ -35,7 +37,7 @@ def apply_rope(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates the first R values of float[B, T, N, H]; i pairs with i + R/2. In float32, returned in x's dtype."""
     cos, sin = (a[:, :, None, :] for a in angles)
     half = cos.shape[-1]
-    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    first, second, rest = jnp.split(wide(x), [half, 2 * half], axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
 
 
@@ -63,7 +65,7 @@ def rope_angles_2d(rows: jax.Array, cols: jax.Array, head_dim: int, theta: float
 def apply_rope_pairs(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates float[B, T, N, H]; dimension 2j pairs with 2j + 1. Computed in float32, returned in x's dtype."""
     cos, sin = (a[:, :, None, :] for a in angles)
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    pairs = wide(x).reshape(*x.shape[:-1], -1, 2)
     first, second = pairs[..., 0], pairs[..., 1]
     rotated = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
