@@ -17,8 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from uhd_jax.config import ModelConfig
 from uhd_jax.generation.sampling import Draws, choose, penalised
 from uhd_jax.models import uhd
+from uhd_jax.models.stacks import apart
 from uhd_jax.sharding.rules import BATCH_AXES
 
+STACKED = ("layers", "delta_layers")
 LIKELIEST = 20  # as many as OpenAI's interface can ask for, and enough for 5 beams with 3 ids that end an answer
 
 
@@ -71,6 +73,17 @@ def as_computed(params: Any, config: ModelConfig) -> Any:
         return leaf.astype(config.dtype) if path[-1].key in ("kernel", "embedding", "head") else leaf
 
     return {**params, "decoder": jax.tree_util.tree_map_with_path(cast, params["decoder"])}
+
+
+def as_read(params: Any) -> Any:
+    """Parameters with the decoder's layers apart where they lie on a CPU, which copies what it takes out of a stack.
+
+    One row through four layers of 1,024 x 7,168 x 1,024 took 115 ms out of a stack and 43 ms so.
+    """
+    decoder = params["decoder"]
+    if {device.platform for device in jax.tree.leaves(decoder)[0].devices()} != {"cpu"}:
+        return params
+    return {**params, "decoder": decoder | {name: apart(decoder[name]) for name in decoder if name in STACKED}}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "length", "mesh"))

@@ -47,7 +47,8 @@ class Runner:
         self, config: ModelConfig, params: Any, encoder: VisualEncoder, shapes: Shapes, mesh: Mesh | None = None
     ):
         self.config, self.encoder, self.shapes, self.mesh = config, encoder, shapes, mesh
-        self.params = decode.as_computed(params, config)
+        params = decode.as_computed(params, config)
+        self.params = params if mesh else decode.as_read(params)
         self.running: list[Request] = []
         self.steps = 0
         self._free = list(range(shapes.rows))[::-1]

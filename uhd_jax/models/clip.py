@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from uhd_jax.config import TowerConfig
 from uhd_jax.models import layers
+from uhd_jax.models.stacks import run_stack, stack_init, stack_param
 from uhd_jax.models.vit import TowerLayer
 from uhd_jax.ops.attention import view_segments
 from uhd_jax.ops.merge import patch_coordinates
@@ -55,7 +56,7 @@ class ClipTower(nn.Module):
         cfg = self.config
         layer = TowerLayer(cfg, self.dtype, self.attention, parent=None)
         example = jnp.zeros((1, 4, cfg.width), self.dtype)
-        stacked = layers.stack_param(self, "layers", layers.stack_init(layer, cfg.layers, example, None))
+        stacked = stack_param(self, "layers", stack_init(layer, cfg.layers, example, None))
         normal = nn.initializers.normal(cfg.width**-0.5)  # the original's; much less drowns in the pre-norm
         class_token = self.param("class_token", normal, (cfg.width,), jnp.float32)
         entries = 1 + math.prod(cfg.table_shape)  # the class token's, then those of the patches
@@ -75,7 +76,7 @@ class ClipTower(nn.Module):
             return x, x if collect else None
 
         stop = cfg.layers - cfg.skipped_layers
-        x, outputs = layers.run_stack(step, x, stacked, scan=self.scan, remat=self.remat, gather=self.gather, stop=stop)
+        x, outputs = run_stack(step, x, stacked, scan=self.scan, remat=self.remat, gather=self.gather, stop=stop)
         if collect:
             taps["layers_before"] = outputs
         final_norm = layers.LayerNorm(cfg.norm_eps, self.dtype, name="final_norm")

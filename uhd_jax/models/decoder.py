@@ -18,6 +18,7 @@ from uhd_jax.config import DecoderConfig
 from uhd_jax.models import layers
 from uhd_jax.models.attending import self_attention
 from uhd_jax.models.gated_delta import DeltaCache, GatedDelta
+from uhd_jax.models.stacks import in_groups, run_stack, stack_init, stack_param
 from uhd_jax.ops.attention import attention
 from uhd_jax.ops.rope import apply_rope, rope_angles
 from uhd_jax.sharding.gathering import layer_gatherer
@@ -183,11 +184,11 @@ class Decoder(nn.Module):
         angles = (jnp.zeros((1, 1, (cfg.rotary_dim or cfg.head_dim) // 2)),) * 2
         segments = jnp.ones((1, 1), jnp.int32)
         groups = cfg.layers // cfg.full_attention_interval
-        self.layers = self.param("layers", layers.stack_init(self.layer, groups, x, angles, segments))
+        self.layers = stack_param(self, "layers", stack_init(self.layer, groups, x, angles, segments))
         if cfg.layers > groups:
             self.delta_layer = DeltaLayer(cfg, self.dtype, parent=None)
-            start = layers.stack_init(self.delta_layer, cfg.layers - groups, x, segments)
-            self.delta_layers = self.param("delta_layers", start)
+            start = stack_init(self.delta_layer, cfg.layers - groups, x, segments)
+            self.delta_layers = stack_param(self, "delta_layers", start)
         self.final_norm = _norm(cfg, self.dtype, None)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -244,9 +245,7 @@ class Decoder(nn.Module):
         def run(step, carry, name, inputs):
             whole = layer_gatherer(getattr(self, name), f"decoder/{name}/", self.dtype)
             gather = whole and (lambda inputs: (whole(inputs[0]), inputs[1]))
-            return layers.run_stack(
-                step, carry, inputs, scan=self.scan, remat=self.remat, pin=cache is None, gather=gather
-            )
+            return run_stack(step, carry, inputs, scan=self.scan, remat=self.remat, pin=cache is None, gather=gather)
 
         stack = None if cache is None else {name: cache[name] for name in ("key", "value")}
         full = self.layers, jnp.arange(cfg.layers // cfg.full_attention_interval)
@@ -261,10 +260,8 @@ class Decoder(nn.Module):
             return carry, (of_delta, jax.tree.map(lambda leaf: leaf[0], of_full))
 
         states = None if cache is None else {name: cache[name] for name in ("conv", "state")}
-        deltas = jax.tree.map(
-            lambda leaf: leaf.reshape(-1, cfg.full_attention_interval - 1, *leaf.shape[1:]), (self.delta_layers, states)
-        )
-        (x, stack), (states, kept) = layers.run_stack(
+        deltas = in_groups((self.delta_layers, states), cfg.full_attention_interval - 1)
+        (x, stack), (states, kept) = run_stack(
             group, (x, stack), (deltas, full), scan=self.scan, remat="none", pin=cache is None
         )
         x = self.final_norm(x)

@@ -1,4 +1,4 @@
-"""Small pieces every part of the model uses: norms, dense layers, and stacks of equal layers."""
+"""Small pieces every part of the model uses: norms, dense layers, attention and its MLP."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from uhd_jax.models.attending import self_attention
 from uhd_jax.ops.precision import wide
 from uhd_jax.ops.rope import apply_rope_pairs
-from uhd_jax.sharding.activations import over_tokens
-from uhd_jax.sharding.gathering import GatherLayer, keep_all_but_whole
 
 Dtype = Any
 
@@ -21,11 +19,6 @@ Initializer = Callable[..., jax.Array]
 
 lecun_init = nn.initializers.lecun_normal()
 torch_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # the weight rule of torch.nn.Linear
-
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 def dense(features: int, dtype: Dtype, name: str, *, bias: bool = True, init: Initializer = lecun_init) -> nn.Dense:
@@ -113,77 +106,3 @@ class Mlp(nn.Module):
         """float[..., D] -> float[..., D]."""
         hidden = self.activation(dense(self.width, self.dtype, "fc1")(x))
         return dense(x.shape[-1], self.dtype, "fc2")(hidden)
-
-
-def stack_init(layer: nn.Module, depth: int, *example: Any) -> Callable[[jax.Array], dict]:
-    """Initialiser of `depth` equal layers as one tree whose leaves have a leading layer axis [L, ...].
-
-    For `self.param("layers", stack_init(...))`. `layer` must be unbound (parent=None); `example` are arguments of its
-    `__call__`, of which only shapes and dtypes matter.
-    """
-
-    def init(key: jax.Array) -> dict:
-        keys = jax.random.split(key, depth)
-        return jax.vmap(lambda k: layer.init(k, *example)["params"])(keys)
-
-    return init
-
-
-def stack_param(module: nn.Module, name: str, init: Callable[[jax.Array], dict]) -> dict:
-    """The stacked tree `name` of a module, made by `init` of `stack_init` where it is not there yet.
-
-    Unlike `module.param` it does not compare shapes: in a `shard_map` a device has a part of each layer.
-    """
-    if module.has_variable("params", name):
-        return module.get_variable("params", name)
-    return module.param(name, init)
-
-
-def run_stack(
-    step: Callable[[Any, Any], tuple[Any, Any]],
-    carry: Any,
-    stacked: Any,
-    *,
-    scan: bool,
-    remat: str,
-    start: int = 0,
-    stop: int | None = None,
-    pin: bool = True,
-    gather: GatherLayer | None = None,
-) -> tuple[Any, Any]:
-    """Runs layers `start` to `stop` (exclusive) of a stacked tree.
-
-    Args:
-      step: (carry, one layer's slice of `stacked`) -> (carry, output of the layer).
-      carry: goes from layer to layer.
-      stacked: tree whose leaves have a leading layer axis.
-      scan: one compiled body for all layers, else a Python loop (to compare, and to count FLOPs).
-      remat: name in REMAT_POLICIES, or "none".
-      start: first layer.
-      stop: one past the last layer; None for all.
-      pin: keep what is carried where its rows are; off where its leading axis is not one of rows.
-      gather: makes a layer's slice whole where devices hold parts of it, in the loop, and again for the gradient.
-
-    Returns:
-      The last carry, and the layers' outputs stacked on a leading axis.
-    """
-
-    def run(carry, layer):
-        carry = jax.tree.map(over_tokens, carry) if pin else carry
-        return step(carry, layer if gather is None else gather(layer))
-
-    policy = REMAT_POLICIES.get(remat)
-    if remat == "none" and gather is not None:
-        policy = keep_all_but_whole
-    if policy is not None:
-        run = jax.checkpoint(run, policy=policy, prevent_cse=not scan)
-    part = jax.tree.map(lambda leaf: leaf[start:stop], stacked)
-    if scan:
-        return jax.lax.scan(run, carry, part)
-    outputs = []
-    for index in range(jax.tree.leaves(part)[0].shape[0]):
-        carry, output = run(carry, jax.tree.map(lambda leaf, i=index: leaf[i], part))
-        outputs.append(output)
-    if not outputs:
-        return jax.lax.scan(run, carry, part)  # no layers: scan knows the outputs' shapes
-    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)

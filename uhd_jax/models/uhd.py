@@ -46,7 +46,7 @@ _CONNECTORS = {
 
 
 def tower(config: ModelConfig, gather: GatherLayer | None = None) -> nn.Module:
-    """The tower's module; `gather` as in `layers.run_stack`."""
+    """The tower's module; `gather` as in `stacks.run_stack`."""
     computing = (jnp.dtype(config.dtype), config.scan_layers, config.tower_remat, config.attention, gather)
     if config.tower.kind == "clip":
         return ClipTower(config.tower, *computing)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from uhd_jax.config import CompressorConfig, TowerConfig
 from uhd_jax.models import layers
 from uhd_jax.models.compressor import Compressor
+from uhd_jax.models.stacks import run_stack, stack_init, stack_param
 from uhd_jax.ops.attention import view_segments
 from uhd_jax.ops.merge import nearest_table_index, patch_coordinates
 from uhd_jax.ops.resize import resize_table
@@ -85,7 +86,7 @@ class Tower(nn.Module):
         rotary = cfg.kind == "moonvit"
         layer = TowerLayer(cfg, self.dtype, self.attention, parent=None)
         example = jnp.zeros((1, 4, cfg.width), self.dtype)
-        stacked = layers.stack_param(self, "layers", layers.stack_init(layer, depth, example, None))
+        stacked = stack_param(self, "layers", stack_init(layer, depth, example, None))
         entries = math.prod(cfg.table_shape)
         table = self.param("position_table", nn.initializers.normal(0.02), (entries, cfg.width), jnp.float32)
 
@@ -108,7 +109,7 @@ class Tower(nn.Module):
                 x = layer.apply({"params": params}, x, segments, angles)
                 return x, x if collect else None
 
-            return layers.run_stack(
+            return run_stack(
                 step, x, stacked, scan=self.scan, remat=self.remat, gather=self.gather, start=start, stop=stop
             )
 
