@@ -1,6 +1,5 @@
 """The embedded dataset: split by image, pages that align with slices, answers, scoring, speed."""
 
-import time
 import zlib
 
 import numpy as np
@@ -240,24 +239,17 @@ def test_the_demo_of_v2_reads_a_cell_per_token(options):
     config = load_file(f"configs/demo.py:{options}")
     stages, model = config.train.stages, config.model
     layout = "A" if options == "v2,layout=A" else "B"
-    pages = ["squares", "wider", "taller", "pages"]
     vdim = ["vdim"] if options in ("v2", "v2,layout=A") else []
-    assert [stage.name for stage in stages] == [*vdim, "views", *pages]
+    assert [stage.name for stage in stages] == [*vdim, "cells", "views", "squares", "pages", "questions"]
     assert all("upsampler" not in stage.trainable for stage in stages[-5:])
+    assert model.chat.layout == layout
     for stage in stages:
-        assert model.chat.layout == layout == stage.data.options.get("layout", layout)
+        sliced = stage.name in ("squares", "pages", "questions")
+        parts = stage.data.options.get("parts", [{"options": stage.data.options}])
+        assert sliced == all(
+            part["options"].get("layout") == layout and part["options"]["task"] != "view" for part in parts
+        )
         plan = plan_image(make_source(stage.data).sizes(0)[0], model, max_slices=stage.max_slices)
         for view in plan.slices or plan.views:
-            assert view.patch_grid == Grid(2, 2) and view.visual_tokens == 4
+            assert view.patch_grid == Grid(4, 4) and view.visual_tokens == 4
             assert view.size == (2 * demo.CELL, 2 * demo.CELL)
-
-
-def test_a_page_of_24_digits_takes_milliseconds():
-    pages = DigitPages({"shapes": [[2, 3]]})
-    pages.images(0)
-    times = []
-    for index in range(30):
-        start = time.process_time()
-        pages.images(index)
-        times.append(time.process_time() - start)
-    assert np.median(times) < 3e-3

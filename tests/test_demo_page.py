@@ -29,7 +29,7 @@ def model():
 def server(model):
     engine = Engine(model, Shapes(2, 1, (128, 300), (4,), (128,)))
     engine.start()
-    with running(engine, demo=True, api_key="") as server:
+    with running(engine, demo=True, api_key="", max_new_tokens=200) as server:
         yield server
     engine.close()
 
@@ -49,6 +49,7 @@ def test_views_of_an_image(server, tmp_path):
 def test_the_page_takes_nothing_from_elsewhere(server):
     status, page = server.send("GET", "/")
     assert status == 200 and b"http" not in page and b"src=" not in page
+    assert b'max="200" value="200"' in page  # it asks by itself for no more tokens than are allowed
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")

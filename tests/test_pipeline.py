@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -440,13 +439,10 @@ def test_slots_of_the_stage_are_kept_and_text_alone_works():
     batches.close()
 
 
-def test_a_batch_of_sixteen_pages_of_24_digits_takes_a_fraction_of_a_step():
+def test_a_batch_holds_sixteen_pages_of_24_digits():
     pages = DigitPages({"task": "page", "shapes": [[2, 3]]})
     batches = iterator(pages, rows=16, packed_length=128, train={"packing_window": 256, "prefetch": 0})
-    next(batches)
-    start = time.process_time()
     assert sum(info.samples for _, info in take(batches, 15)) == 15 * 16
-    assert (time.process_time() - start) / 15 < 0.2
     batches.close()
 
 

@@ -29,7 +29,8 @@ PAGE = Path(__file__).with_name("demo.html")
 
 def demo_routes(server: Server) -> list[Route]:
     """The page at "/", and what it asks for: the views of an image."""
-    page = PAGE.read_text(encoding="utf-8")
+    page, longest = PAGE.read_text(encoding="utf-8"), server.settings.max_new_tokens
+    page = page.replace('max="1" value="1"', f'max="{longest}" value="{min(256, longest)}"')
     sources = {kind: _hash(page, tag) for kind, tag in (("script", "script"), ("style", "style"))}
     policy = (
         f"default-src 'none'; script-src '{sources['script']}'; style-src '{sources['style']}'; img-src data: blob:; "
