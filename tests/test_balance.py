@@ -33,6 +33,7 @@ def test_parts_of_parts_are_balanced(parts):
 
 def test_imbalance():
     assert imbalance([1, 1, 1, 1], 2) == imbalance([0, 0], 2) == imbalance([3, 1], 1) == 0
+    assert imbalance([3, 1], 4) == 2  # two devices have nothing to do
     assert imbalance([3, 1], 2) == imbalance([3, 0, 0, 1], 2) == 0.5
     assert patches_of([Needs(9, 2, 16), Needs(1, 0, 0), Needs(9, 1, 4)]) == 36
 

@@ -44,7 +44,8 @@ def imbalance(weights: Sequence[int], parts: int) -> float:
     """Largest sum of `parts` equal contiguous parts over their mean, less one: 0.25 is a quarter more than fair.
 
     What it says of a device holds for all: they wait for the one with the most work. 0 where there is no weight at all.
+    Of fewer weights than parts, each is a part and the others are empty.
     """
-    share = len(weights) // parts
+    share = -(-len(weights) // parts)
     sums = [sum(weights[start : start + share]) for start in range(0, parts * share, share)]
     return max(sums) * parts / sum(sums) - 1 if sum(sums) else 0.0
