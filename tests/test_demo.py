@@ -240,16 +240,16 @@ def test_the_demo_of_v2_reads_a_cell_per_token(options):
     stages, model = config.train.stages, config.model
     layout = "A" if options == "v2,layout=A" else "B"
     vdim = ["vdim"] if options in ("v2", "v2,layout=A") else []
-    assert [stage.name for stage in stages] == [*vdim, "cells", "views", "squares", "pages", "questions"]
-    assert all("upsampler" not in stage.trainable for stage in stages[-5:])
+    pages = ["squares", "wider", "taller", "pages"]
+    assert [stage.name for stage in stages] == [*vdim, "same", "views", *pages]
+    assert all("upsampler" not in stage.trainable for stage in stages[-6:])
     assert model.chat.layout == layout
     for stage in stages:
-        sliced = stage.name in ("squares", "pages", "questions")
         parts = stage.data.options.get("parts", [{"options": stage.data.options}])
-        assert sliced == all(
-            part["options"].get("layout") == layout and part["options"]["task"] != "view" for part in parts
-        )
+        found = [(part["options"]["task"], part["options"].get("layout")) for part in parts]
+        one, page = ("same", None), ("page" if stage.name in pages else "view", layout)
+        assert found == {"same": [one], "views": [one, page]}.get(stage.name, [page])
         plan = plan_image(make_source(stage.data).sizes(0)[0], model, max_slices=stage.max_slices)
         for view in plan.slices or plan.views:
-            assert view.patch_grid == Grid(4, 4) and view.visual_tokens == 4
+            assert view.patch_grid == Grid(2, 2) and view.visual_tokens == 4
             assert view.size == (2 * demo.CELL, 2 * demo.CELL)
