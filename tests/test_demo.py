@@ -1,4 +1,4 @@
-"""The embedded dataset: split by image, pages that align with slices, answers, scoring, speed."""
+"""The embedded dataset: split by image, pages that align with slices, answers, scoring, stages."""
 
 import zlib
 
@@ -249,7 +249,9 @@ def test_the_demo_of_v2_reads_a_cell_per_token(options):
         found = [(part["options"]["task"], part["options"].get("layout")) for part in parts]
         one, page = ("same", None), ("page" if stage.name in pages else "view", layout)
         assert found == {"same": [one], "views": [one, page]}.get(stage.name, [page])
-        plan = plan_image(make_source(stage.data).sizes(0)[0], model, max_slices=stage.max_slices)
-        for view in plan.slices or plan.views:
-            assert view.patch_grid == Grid(2, 2) and view.visual_tokens == 4
-            assert view.size == (2 * demo.CELL, 2 * demo.CELL)
+        source = make_source(stage.data)
+        for index in range(8):  # of both parts of a mixture
+            plan = plan_image(source.sizes(index)[0], model, max_slices=stage.max_slices)
+            for view in plan.slices or plan.views:
+                assert view.patch_grid == Grid(2, 2) and view.visual_tokens == 4
+                assert view.size == (2 * demo.CELL, 2 * demo.CELL)

@@ -96,7 +96,7 @@ class Assistant:
 
     @functools.cached_property
     def _computed(self) -> Any:
-        return decode.as_computed(self.params, self.config)
+        return decode.as_read(decode.as_computed(self.params, self.config))
 
     def prepare(
         self,
@@ -381,8 +381,8 @@ def load(directory: str | Path, max_length: int = 32_768, dtype: str | None = No
         as MiniCPM-V 4.6 of transformers.
       max_length: as in `Assistant`.
       dtype: "float32", "bfloat16", or "float64" for parameters and computation in double, to be compared with a
-        reference in double, which wants `jax_enable_x64`; weights of resizing and rotary angles stay float32, as
-        PyTorch's do. None: what the model's config says.
+        reference in double, which wants `jax_enable_x64`; pixels, weights of resizing and rotary angles stay
+        float32, as PyTorch's do. None: what the model's config says.
 
     Raises:
       CheckpointError, ConvertError, TokenizerError: what is missing or does not fit, and where.

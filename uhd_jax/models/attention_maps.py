@@ -66,8 +66,7 @@ class _Observer:
     def __call__(self, call: Any, arguments: Any, options: Any, context: Any) -> Any:
         result = call(*arguments, **options)
         module = context.module
-        # Parameters of a stack are compared with what its layer would make: that runs the layer too, abstractly.
-        if context.method_name != "__call__" or module.is_initializing():
+        if context.method_name != "__call__":
             return result
         if module.name in _PROJECTED:
             self._parts[_PROJECTED[module.name]] = result

@@ -138,7 +138,8 @@ def _write(stack: jax.Array, layer: jax.Array, index: jax.Array, new: jax.Array)
     """float[L, B, S, K, H] with new[b] float[K, H] at [layer, b, index[b]]."""
 
     def write(row, index, new):
-        return jax.lax.dynamic_update_slice(row, new[None, None].astype(row.dtype), (layer, index, 0, 0))
+        zero = jnp.zeros_like(index)  # all of one dtype, under x64 too
+        return jax.lax.dynamic_update_slice(row, new[None, None].astype(row.dtype), (layer, index, zero, zero))
 
     return jax.vmap(write, in_axes=(1, 0, 0), out_axes=1)(stack, index, new)
 
@@ -146,7 +147,8 @@ def _write(stack: jax.Array, layer: jax.Array, index: jax.Array, new: jax.Array)
 def _read(stack: jax.Array, layer: jax.Array, window: int | None) -> jax.Array:
     """float[B, window, K, H]: the beginning of one layer's rows."""
     _, rows, length, *heads = stack.shape
-    return jax.lax.dynamic_slice(stack, (layer, 0, 0, 0, 0), (1, rows, window or length, *heads))[0]
+    start = (layer, *[jnp.zeros_like(layer)] * 4)
+    return jax.lax.dynamic_slice(stack, start, (1, rows, window or length, *heads))[0]
 
 
 class GatedMlp(nn.Module):
@@ -248,7 +250,7 @@ class Decoder(nn.Module):
             return run_stack(step, carry, inputs, scan=self.scan, remat=self.remat, pin=cache is None, gather=gather)
 
         stack = None if cache is None else {name: cache[name] for name in ("key", "value")}
-        full = self.layers, jnp.arange(cfg.layers // cfg.full_attention_interval)
+        full = self.layers, jnp.arange(cfg.layers // cfg.full_attention_interval, dtype=jnp.int32)
         if cfg.full_attention_interval == 1:
             (x, stack), kept = run(attend, (x, stack), "layers", full)
             return self.final_norm(x), kept if cache is None else stack

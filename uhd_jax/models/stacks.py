@@ -122,19 +122,19 @@ def run_stack(
         carry = jax.tree.map(over_tokens, carry) if pin else carry
         return step(carry, layer if gather is None else gather(layer))
 
+    part = _map_stacks(lambda leaf: leaf[start:stop], stacked)
+    leaves = jax.tree.leaves(part, is_leaf=_is_apart)
+    length = len(leaves[0])
+    scan = scan and not any(map(_is_apart, leaves))
     policy = REMAT_POLICIES.get(remat)
     if remat == "none" and gather is not None:
         policy = keep_all_but_whole
     if policy is not None:
         run = jax.checkpoint(run, policy=policy, prevent_cse=not scan)
-    part = _map_stacks(lambda leaf: leaf[start:stop], stacked)
-    leaves = jax.tree.leaves(part, is_leaf=_is_apart)
-    if scan and not any(map(_is_apart, leaves)):
+    if scan or not length:  # without layers too, as scan knows the outputs' shapes
         return jax.lax.scan(run, carry, part)
     outputs = []
-    for index in range(len(leaves[0])):
+    for index in range(length):
         carry, output = run(carry, _map_stacks(lambda leaf, i=index: leaf[i], part))
         outputs.append(output)
-    if not outputs:
-        return jax.lax.scan(run, carry, part)  # no layers: scan knows the outputs' shapes
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)

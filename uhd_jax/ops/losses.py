@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from uhd_jax.ops.precision import wide_dtype
+
 
 def weighted_cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     """Sum over tokens of weight times cross-entropy, float32[].
@@ -46,8 +48,8 @@ def chunked_cross_entropy(
     @jax.checkpoint
     def step(total, chunk):
         hidden, targets, weights = chunk
-        logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=wide_dtype(hidden))
         return total + weighted_cross_entropy(logits, targets, weights), None
 
-    total, _ = jax.lax.scan(step, jnp.zeros((), jnp.float32), (split(hidden), split(targets), split(weights)))
+    total, _ = jax.lax.scan(step, jnp.zeros((), wide_dtype(hidden)), (split(hidden), split(targets), split(weights)))
     return total
