@@ -113,6 +113,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
     for _ in range(arguments.alone):
         alone.ask()
+        if alone.errors:
+            raise SystemExit(f"{arguments.url}: {alone.errors[0]}")
     alone_seconds = time.monotonic() - began
     worked.append(processor_seconds(arguments.pid))
     clients = [Client(*make, seed=number) for number in range(1, arguments.clients + 1)]
@@ -135,6 +137,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = time.monotonic() - began
     worked.append(processor_seconds(arguments.pid))
     answers = sorted(answer for client in clients for answer in client.answers)
+    if not answers:
+        raise SystemExit(f"{arguments.url}: no answer at all; {next((c.errors[0] for c in clients if c.errors), '')}")
     counts = [len(client.answers) + client.given_up for client in clients]
     firsts = [answer[1] for answer in answers]
     place = {value: rank for rank, value in enumerate(sorted(firsts))}
