@@ -12,13 +12,12 @@ After the colon stand options, joined by commas:
   layout=A, B     v1 and v2: order of the visual tokens; B is v2's spatially consistent one
   pyramid=none, bilinear, vdim   v2: how its second level is made
 
-v4 should reach 0.97 of the digits on held-out pages, where the control stays at chance; v1 0.92. v2 reached 0.80 and
-0.61 with two seeds and has not left the first plateau of its views within 650 steps with a third.
+v4 should reach 0.97 of the digits on held-out pages, where the control stays at chance; v1 0.92 and v2 0.83.
 
 The four stages follow the recipe's order (small images, then views, then sliced pages, then instructions), but every
 stage trains everything: the recipe's stage 1 can freeze tower and decoder because they come pre-trained, these do not.
-v1 has one more, pages of one shape. v2 has others: VDIM, which stays frozen afterwards, then views, then sliced pages,
-first of few shapes.
+v1 has one more, pages of one shape. v2 begins with VDIM, which stays frozen afterwards, has views of one digit before
+and among the others, sliced pages of few shapes before all, and no questions.
 """
 
 from ml_collections import ConfigDict
