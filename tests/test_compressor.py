@@ -25,8 +25,8 @@ def _init(kind: str, seed: int = 0) -> dict:
 
 def _layer(seed: int = 1) -> dict:
     params = TowerLayer(CONFIG, jnp.float32).init(jax.random.key(seed), jnp.zeros((1, 4, 32)), None)["params"]
-    keys = iter(jax.random.split(jax.random.key(seed + 1), 100))
-    return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), params)
+    random = np.random.default_rng(seed + 1)
+    return jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape).astype(np.float32), params)
 
 
 def _apply(kind: str, params: dict, x: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STEPS = 5
+STEPS = 4
 STAGES = ("cells", "views", "pages", "questions")
 OPTIONS = [f"--config.train.stages[{index}].steps={STEPS}" for index in range(4)]
 OPTIONS += [f"--config.train.stages[{index}].warmup_steps=1" for index in range(4)]
@@ -32,6 +32,7 @@ def run(tmp_path_factory):
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(programs),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
     }
 
@@ -85,28 +86,28 @@ def test_every_stage_runs_and_compiles_once_per_bucket(whole):
 
 
 def test_killed_anywhere_and_resumed_has_the_same_losses_bit_for_bit(run, whole, tmp_path):
-    kills = sorted(random.sample(range(1, 4 * STEPS), 2))
-    for steps in kills:
-        process = run.start(*_train(tmp_path))
-        while process.poll() is None and len(_records(tmp_path)) < steps:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    kill = random.randrange(1, 4 * STEPS)
+    process = run.start(*_train(tmp_path))
+    while process.poll() is None and len(_records(tmp_path)) < kill:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     status, _, err = run(*_train(tmp_path))
-    assert status == 0, (kills, err)
+    assert status == 0, (kill, err)
     found, expected = (
         [(record["step"], record["loss"], record["grad_norm"]) for record in _records(folder)]
         for folder in (tmp_path, whole)
     )
-    assert found == expected, kills
+    assert found == expected, kill
 
 
 def test_a_finished_run_answers(run, whole):
     page = whole / "page.png"
-    status, out, err = run("evaluate", f"--checkpoint={whole}", "--task=digit_pages", f"--out={whole}/evaluation.json")
+    scores = f"--out={whole}/evaluation.json"
+    status, out, err = run("evaluate", f"--checkpoint={whole}", "--task=digit_pages", "--limit=40", scores)
     assert status == 0 and page.exists(), err
     result = json.loads((whole / "evaluation.json").read_text())
-    assert len(result["answers"]) == 400 and result["digits"] > 2000
+    assert len(result["answers"]) == 40 and result["digits"] > 400
     assert 0 <= result["accuracy_with_slices"] <= 1 and 0.1 < result["chance"] < 0.2
     asked = ["generate", f"--checkpoint={whole}", f"--image={page}", f"--image={page}", "--prompt=<image> <slice>?"]
     status, out, err = run(*asked, "--json", "--max-new-tokens=5")

@@ -47,8 +47,8 @@ def module(kind, mask=15):
 @functools.cache
 def params(kind):
     drawn = jax.jit(module(kind).init)(jax.random.key(0), *batch(GRIDS, ROOM)).get("params", {})
-    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(drawn))))
-    return jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), drawn)
+    random = np.random.default_rng(1)
+    return jax.tree.map(lambda leaf: leaf + 0.3 * random.normal(size=leaf.shape).astype(np.float32), drawn)
 
 
 @functools.cache

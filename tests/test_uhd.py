@@ -31,7 +31,6 @@ from uhd_jax.slicing.pixels import cut_views
 from uhd_jax.slicing.plan import Size, make_plan
 
 DECODERS = {
-    "llama": DecoderConfig(272, 32, 48, 2, 4, 4, 8, rope_theta=1e4),
     "qwen2": DecoderConfig(272, 32, 48, 2, 4, 2, 8, qkv_bias=True, tied_head=True),
     "qwen3": DecoderConfig(272, 32, 48, 2, 4, 2, 16, qk_norm=True),
     "qwen3.5": dataclasses.replace(tiny.HYBRID.decoder, vocab_size=272),
@@ -51,9 +50,9 @@ CHAT = ChatConfig()
 @functools.cache
 def _params(config: ModelConfig):
     params = jax.jit(uhd.init_params, static_argnums=0)(config, jax.random.key(0))
-    keys = iter(jax.random.split(jax.random.key(1), 200))
+    random = np.random.default_rng(1)
     # Away from the special start values, so that every parameter matters.
-    return jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(next(keys), leaf.shape), params)
+    return jax.tree.map(lambda leaf: leaf + 0.05 * random.normal(size=leaf.shape).astype(np.float32), params)
 
 
 def _sample(seed: int, sizes: list[tuple[int, int]], text: str, answer: str, config: ModelConfig = CONFIG):
@@ -77,6 +76,7 @@ SAMPLES = [
 ]
 
 _logits = jax.jit(uhd.logits, static_argnames=("config", "mode"))
+_encode_views = jax.jit(uhd.encode_views, static_argnums=(3, 4))
 
 
 def _run(rows, bucket, config=CONFIG):
@@ -147,11 +147,9 @@ def _loss_and_grads(config: ModelConfig):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"scan_layers": False},
-        {"tower_remat": "none", "decoder_remat": "none"},
+        {"scan_layers": False, "loss_chunk": 100_000},
+        {"tower_remat": "none", "decoder_remat": "none", "loss_chunk": 1},
         {"tower_remat": "dots", "decoder_remat": "dots"},
-        {"loss_chunk": 100_000},
-        {"loss_chunk": 1},
     ],
     ids=str,
 )
@@ -183,7 +181,7 @@ def test_ways_to_compute_a_hybrid_decoder():
 
 def test_loss_is_the_weighted_mean_over_whole_logits():
     batch = fill_batch([[SAMPLES[0], SAMPLES[1]], [SAMPLES[2]]], dataclasses.replace(BUCKET, rows=2), SLOT_TOKENS, 0.5)
-    total, weight = uhd.loss_sums(_params(CONFIG), batch, CONFIG)
+    total, weight = jax.jit(uhd.loss_sums, static_argnums=2)(_params(CONFIG), batch, CONFIG)
     logits = _logits(_params(CONFIG), batch, CONFIG)[:, :-1]
     expected = weighted_cross_entropy(logits, batch.tokens[:, 1:], batch.loss_weights[:, 1:])
     np.testing.assert_allclose(total, expected, rtol=1e-5)
@@ -192,7 +190,7 @@ def test_loss_is_the_weighted_mean_over_whole_logits():
     np.testing.assert_allclose(weight, np.sqrt(trained).sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen3.5"])
 def test_cached_decode_equals_the_full_forward(kind):
     """Prompts of different lengths and image counts, decoded together, token by token."""
     config = dataclasses.replace(CONFIG, decoder=DECODERS[kind])
@@ -220,7 +218,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters():
     assert rough.dtype == jnp.float32
     error = np.abs(np.asarray(exact - rough)).max()
     assert 1e-4 < error < 0.2
-    grads = jax.grad(lambda p: uhd.loss_sums(p, batch, config)[0])(_params(CONFIG))
+    grads = jax.jit(jax.grad(lambda p: uhd.loss_sums(p, batch, config)[0]))(_params(CONFIG))
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
@@ -242,7 +240,7 @@ def test_views_of_any_grid_share_a_program():
 
 def test_both_modes_run_on_the_same_weights():
     patches, grids = np.zeros((1, 64, 784), np.uint8), np.array([[8, 8]], np.int32)
-    shapes = {mode: uhd.encode_views(_params(CONFIG), patches, grids, CONFIG, mode).shape for mode in ("16x", "4x")}
+    shapes = {mode: _encode_views(_params(CONFIG), patches, grids, CONFIG, mode).shape for mode in ("16x", "4x")}
     assert shapes == {"16x": (1, 4, 32), "4x": (1, 16, 32)}
 
 
@@ -261,7 +259,7 @@ def test_two_rounds_without_compressor():
     config = dataclasses.replace(CONFIG, compressor=CompressorConfig("none"), connector=ConnectorConfig(rounds=2))
     params = jax.jit(uhd.init_params, static_argnums=0)(config, jax.random.key(0))
     assert "compressor" not in params["tower"] and set(params["connector"]) == {"round_0", "round_1"}
-    out = uhd.encode_views(params, np.zeros((1, 64, 784), np.uint8), np.array([[8, 8]], np.int32), config)
+    out = _encode_views(params, np.zeros((1, 64, 784), np.uint8), np.array([[8, 8]], np.int32), config)
     assert out.shape == (1, 4, 32)
 
 
