@@ -42,13 +42,20 @@ def unoptimised():
 
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
-    """For modules that compile the same programs again and again: keeps them in a folder, which it returns."""
-    folder = str(tmp_path_factory.mktemp("programs"))
-    jax.config.update("jax_compilation_cache_dir", folder)
+    """For modules that compile the same programs again and again: keeps them in a folder, which it returns.
+
+    All modules share it, those that other workers run too. What one that is killed has half written is compiled again.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "programs"
+    folder.mkdir(exist_ok=True)
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", None)
+    yield str(folder)
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
     compilation_cache.reset_cache()
 
 

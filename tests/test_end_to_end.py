@@ -26,11 +26,10 @@ SMALL += ["--config.train.stages[2].slots=7", "--config.train.packing_window=24"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(compiled_once):
     """Calls the command line in a process of its own; programs are compiled once for all calls."""
-    programs = tmp_path_factory.mktemp("programs")
     environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_COMPILATION_CACHE_DIR": compiled_once,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",

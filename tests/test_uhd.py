@@ -30,6 +30,8 @@ from uhd_jax.ops.losses import weighted_cross_entropy
 from uhd_jax.slicing.pixels import cut_views
 from uhd_jax.slicing.plan import Size, make_plan
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 DECODERS = {
     "qwen2": DecoderConfig(272, 32, 48, 2, 4, 2, 8, qkv_bias=True, tied_head=True),
     "qwen3": DecoderConfig(272, 32, 48, 2, 4, 2, 16, qk_norm=True),
