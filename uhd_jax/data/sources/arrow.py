@@ -34,7 +34,7 @@ class ArrowDataset(RowSource):
     """
 
     def __init__(self, options: ArrowOptions, limits: ImageLimits = ImageLimits()):
-        super().__init__(options, limits, options.path)
+        super().__init__(options, limits)
         self._tables = [_mapped(path) for path in _data_files(options.path)]
         self._ends = np.cumsum([table.num_rows for table in self._tables], dtype=np.int64)
         if not len(self):
@@ -46,6 +46,9 @@ class ArrowDataset(RowSource):
     def where(self, index: int) -> str:
         """The folder and the row, from 1."""
         return f"{self._options.path}:{index + 1}"
+
+    def _folder(self, index: int) -> str:
+        return self._options.path
 
     def _row(self, index: int) -> dict[str, Any]:
         number = int(np.searchsorted(self._ends, index, side="right"))

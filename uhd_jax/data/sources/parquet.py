@@ -39,7 +39,7 @@ class Parquet(RowSource):
 
     def __init__(self, options: ParquetOptions, limits: ImageLimits = ImageLimits()):
         self._paths = find_files(options.path, ".parquet")
-        super().__init__(options, limits, os.path.dirname(self._paths[0]))
+        super().__init__(options, limits)
         self._footers = [_footer(path) for path in self._paths]
         groups = [
             (file, group, footer.row_group(group).num_rows)
@@ -62,6 +62,9 @@ class Parquet(RowSource):
         file = self._groups[group, 0]
         before = self._groups[:group][self._groups[:group, 0] == file, 2].sum()
         return f"{self._paths[file]}:{before + row + 1}"
+
+    def _folder(self, index: int) -> str:
+        return os.path.dirname(self._paths[self._groups[self._place(index)[0], 0]])
 
     def _place(self, index: int) -> tuple[int, int]:
         """The row group, counted over all files, and the row in it."""
