@@ -12,12 +12,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from uhd_jax.config import ImageLimits
+from uhd_jax.data.sources.conversation import OTHER_MEDIA, TURNS
 from uhd_jax.data.sources.files import DataFile, exists, needs_library
 from uhd_jax.data.sources.local_copy import local_copy
 from uhd_jax.data.sources.protocol import SourceError
 from uhd_jax.data.sources.rows import FileOptions, RowSource
 
-COLUMNS = ("messages", "conversations", "texts", "system", "image", "images")  # all that `conversation` knows
+COLUMNS = (*TURNS, "system", "image", "images", *OTHER_MEDIA)  # all that `conversation` knows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def arrow_file(path: str, form: str) -> Iterator[BinaryIO]:
 
 def known_columns(path: str, names: list[str]) -> list[str]:
     """Those of a file's columns that make a sample."""
-    if not {"messages", "conversations", "texts"} & set(names):
+    if not set(TURNS) & set(names):
         raise SourceError(
             f"{path}: has no column messages, conversations or texts, but {', '.join(names):.200}; rename one"
         )
