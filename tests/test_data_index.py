@@ -176,6 +176,29 @@ def test_a_pattern_has_a_place(tmp_path):
     assert index_path(data_of(tmp_path / "*/train.jsonl")) is None
 
 
+@pytest.mark.parametrize("name", ["", "*/train.jsonl"])
+def test_files_in_further_folders_have_their_part_in_the_stamp(tmp_path, name):
+    (tmp_path / "deep").mkdir()
+    path = write_records(tmp_path / "deep")
+    data = data_of(tmp_path / name)
+    before = data_stamp(data)
+    (tmp_path / "deep/other.txt").write_text("no rows")
+    assert data_stamp(data) == before
+    path.write_text(path.read_text().replace("Words", "Wordy", 1))
+    os.utime(path, ns=(0, 0))
+    assert data_stamp(data) != before
+
+
+def test_files_in_a_bucket_have_their_part_in_the_stamp():
+    system = pytest.importorskip("fsspec").filesystem("memory")
+    data = data_of("memory://stamped")
+    stamps = []
+    for content in (b"{}", b"[]"):
+        system.pipe("/stamped/deep/t.json", content)
+        stamps.append(data_stamp(data))
+    assert stamps[0] != stamps[1] == data_stamp(data)
+
+
 def test_made_anew_for_other_limits(tmp_path):
     data = data_of(write_records(tmp_path))
     open_index(data, [], path=index_path(data))

@@ -34,6 +34,8 @@ class ArrowDataset(RowSource):
       SourceError: no such dataset, several splits, or one without a column of conversations.
     """
 
+    suffixes = (".arrow",)
+
     def __init__(self, options: ArrowOptions, limits: ImageLimits = ImageLimits()):
         super().__init__(options, limits)
         self._tables = [_mapped(path) for path in _data_files(options.path)]

@@ -29,8 +29,10 @@ class JsonFiles(RowSource):
       SourceError: no file, or one without rows, or with an array that does not end.
     """
 
+    suffixes = (".jsonl", ".json")  # the latter where there is none of the former: many folders hold other JSON too
+
     def __init__(self, options: JsonOptions, limits: ImageLimits = ImageLimits()):
-        paths = find_files(options.path, ".jsonl")
+        paths = find_files(options.path, *self.suffixes)
         super().__init__(options, limits)
         self._files = [DataFile(path) for path in paths]
         self._rows = [stored_index(file, "rows", 3, find_rows) for file in self._files]

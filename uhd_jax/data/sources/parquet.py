@@ -37,8 +37,10 @@ class Parquet(RowSource):
       SourceError: no file, one that is not parquet, or one without a column of conversations.
     """
 
+    suffixes = (".parquet",)
+
     def __init__(self, options: ParquetOptions, limits: ImageLimits = ImageLimits()):
-        self._paths = find_files(options.path, ".parquet")
+        self._paths = find_files(options.path, *self.suffixes)
         super().__init__(options, limits)
         self._footers = [_footer(path) for path in self._paths]
         groups = [

@@ -34,6 +34,8 @@ class FileOptions:
 class RowSource(abc.ABC):
     """Samples from rows of files: pickled by its options, opened anew by whoever unpickles it."""
 
+    suffixes: tuple[str, ...] = ()  # of its files in a folder; see `find_files`
+
     def __init__(self, options: FileOptions, limits: ImageLimits):
         self._options, self._limits = options, limits
         self._roots: dict[str, ImageRoot] = {}  # by folder

@@ -48,8 +48,10 @@ class TarShards(RowSource):
       SourceError: no shard, one that is compressed, or one whose headers are damaged.
     """
 
+    suffixes = (".tar",)
+
     def __init__(self, options: TarOptions, limits: ImageLimits = ImageLimits()):
-        paths = find_files(options.path, ".tar")
+        paths = find_files(options.path, *self.suffixes)
         super().__init__(FileOptions(options.path), limits)
         self._options = options
         self._shards = [DataFile(path) for path in paths]
@@ -98,7 +100,6 @@ class TarShards(RowSource):
             if isinstance(caption, str):
                 record = record | _captioned(caption, self._options.question)
         return {name: value for name, value in record.items() if name not in ("image", "images")} | {"images": images}
-
 
     def _text(self, shard: int, place: tuple[int, int]) -> str:
         return self._shards[shard].read(*place).decode("utf-8-sig")
