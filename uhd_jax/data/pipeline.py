@@ -107,6 +107,8 @@ def make_iterator(
             f"model.decoder.vocab_size: tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, "
             f"the decoder only {model.decoder.vocab_size}"
         )
+    if train.jpeg_draft and process[0] == 0:
+        logger.warning("stage %r: train.jpeg_draft is on: large JPEGs are decoded smaller; pixels change", stage.name)
     return BatchIterator(WindowPlanner(stage, model, train, source, tokenizer), train, process, dropped, told)
 
 
