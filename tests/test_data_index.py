@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -176,13 +177,17 @@ def test_a_pattern_has_a_place(tmp_path):
     assert index_path(data_of(tmp_path / "*/train.jsonl")) is None
 
 
-@pytest.mark.parametrize("name", ["", "*/train.jsonl"])
-def test_files_in_further_folders_have_their_part_in_the_stamp(tmp_path, name):
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("json", ""), ("json", "*/train.jsonl"), ("records", "deep/train.jsonl"), ("images", "")],
+)
+def test_files_in_further_folders_have_their_part_in_the_stamp(tmp_path, source, name):
     (tmp_path / "deep").mkdir()
     path = write_records(tmp_path / "deep")
-    data = data_of(tmp_path / name)
+    data = dataclasses.replace(data_of(tmp_path / name), source=source)
     before = data_stamp(data)
-    (tmp_path / "deep/other.txt").write_text("no rows")
+    if source != "images":  # of which any file may be one
+        (tmp_path / "deep/other.txt").write_text("no rows")
     assert data_stamp(data) == before
     path.write_text(path.read_text().replace("Words", "Wordy", 1))
     os.utime(path, ns=(0, 0))

@@ -320,9 +320,11 @@ def data_stamp(data: DataConfig) -> list[Any]:
 
 
 def _files_of(path: str, suffixes: Sequence[str]) -> list[str]:
-    """The files of a source that has such files; of others all below the folder that is their path."""
+    """The files of a source that has such files; of others the file that is their path, or all below that folder."""
     if suffixes:
         return find_files(path, *suffixes)
+    if os.path.isfile(path):
+        return [path]
     found = [os.path.join(place, name) for place, _, names in os.walk(path) for name in names]
     return sorted(name for name in found if not os.path.basename(name).startswith(".") and not name.endswith(SUFFIX))
 

@@ -177,9 +177,10 @@ def _claimed(name: str | Path) -> Iterator[Path]:
         except BlockingIOError:
             raise PackError(f"{folder}: another pack is at work there; wait for its end, or name another") from None
         except OSError:
-            pass  # some network file systems know no locks; packing there works all the same
-        for partial in (*folder.glob(partials), *(folder / _PARTS).glob(partials)):
-            partial.unlink(missing_ok=True)
+            pass  # some network file systems know no locks: packing works there, but nothing is known to be left over
+        else:
+            for partial in (*folder.glob(partials), *(folder / _PARTS).glob(partials)):
+                partial.unlink(missing_ok=True)
         yield folder
         (folder / _LOCK).unlink(missing_ok=True)  # of a pack that is whole; who waits for it meets a whole folder
 
