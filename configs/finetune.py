@@ -4,7 +4,8 @@
   uhd-jax train --config=configs/finetune.py:start,photos/train.json --workdir=runs/tuned
 
 After the colon stand the model, a folder of `convert import` or `combine` or the workdir of a run, and the data, a file
-or a folder in any format of docs/data.md; then options, joined by commas:
+or a folder in any format of docs/data.md that has files: of a folder with files of several, the first of ArrayRecord,
+parquet, tar, *.jsonl and *.json is read. Then options, joined by commas:
 
   images=DIR        where the paths of images begin (default: the folder of the data)
   train=PARTS       what is trained: all (default), language (connector and decoder), connector, or parts joined by "+"
@@ -18,15 +19,19 @@ eight accelerators with 80 GB: 20 GB of float32 state are sharded over all of th
 it with a tiny model, on a CPU.
 """
 
+import contextlib
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from uhd_jax.checkpoint import load_model_config
 from uhd_jax.config import PARTS, ConfigError, to_dict
+from uhd_jax.data.sources import SourceError
+from uhd_jax.data.sources.files import exists, find_files
 
 WHAT = {"all": PARTS, "language": ("connector", "connector_positions", "decoder"), "connector": ("connector",)}
-SOURCES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tar": "tar", ".arrayrecord": "array_record"}
+# Those of which a folder also holds other kinds come first: a pack its JSON, parquet files their infos.
+SOURCES = {".arrayrecord": "array_record", ".parquet": "parquet", ".tar": "tar", ".jsonl": "json", ".json": "json"}
 USAGE = "--config=configs/finetune.py:MODEL,DATA"
 
 
@@ -72,13 +77,21 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def _data(path: str, images: str) -> dict:
     """The source of a file by its suffix, of a folder by what is in it."""
-    suffixes = {Path(path).suffix, *(file.suffix for file in Path(path).glob("*"))}
-    kinds = sorted({SOURCES[suffix] for suffix in suffixes if suffix in SOURCES})
-    if len(kinds) != 1:
-        raise ConfigError(f"{path}: {' and '.join(kinds) or 'no file'} named *{', *'.join(SOURCES)}; name one format")
-    if images and kinds[0] in ("tar", "array_record"):
-        raise ConfigError(f"images={images}: data of the kind {kinds[0]!r} holds its images itself")
-    return {"source": kinds[0], "options": {"path": path} | ({"image_root": images} if images else {})}
+    kind = SOURCES.get(Path(path).suffix) or _kind_in(path)
+    if images and kind in ("tar", "array_record"):
+        raise ConfigError(f"images={images}: data of the kind {kind!r} holds its images itself")
+    return {"source": kind, "options": {"path": path} | ({"image_root": images} if images else {})}
+
+
+def _kind_in(folder: str) -> str:
+    """The source of what lies in a folder, or is matched by a pattern."""
+    if any(exists(f"{folder}/{name}") for name in ("state.json", "dataset_dict.json")):
+        return "arrow"  # `save_to_disk`
+    for suffix, kind in SOURCES.items():
+        with contextlib.suppress(SourceError):
+            if any(name.endswith(suffix) for name in find_files(folder, suffix)):
+                return kind
+    raise ConfigError(f"{folder}: no file named *{', *'.join(SOURCES)}, nor a folder with one or of save_to_disk")
 
 
 def _number(key: str, text: str, kind: type) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from data_files import write_records
 from PIL import Image
 
 from uhd_jax.analysis import sample_view
+from uhd_jax.cli import data as cli_data
 from uhd_jax.data.sources import make_source
 
 ROOMY = "--config.train.stages[0].packed_length=600"
@@ -124,6 +127,27 @@ def test_show_in_a_terminal(capsys, config_file, conversation):
     coloured = call(capsys, *argv, "--colour=always")[1]
     assert "\x1b[30;42mNoise.\nCaf\u00e9.<|im_end|>\x1b[0m" in coloured and "What?\\x1b[2J" in coloured
     assert coloured.count("\u2580") == 72 * 24  # 600 x 900 pixels: 72 columns, two rows in a line
+
+
+def test_show_says_that_buckets_are_not_planned(capsys, config_file, conversation):
+    argv = ("data", "show", "0", f"--config={config_file}", ROOMY, "--source=json", f"--option=path={conversation}")
+    assert "buckets are not planned: views unlimited here (uhd-jax data plan)\n" in call(capsys, *argv)[1]
+    argv += ("--config.train.stages[0].slots=4",)
+    assert "not planned" not in call(capsys, *argv)[1]
+    shown = json.loads(call(capsys, *argv, "--json")[1])
+    assert shown["views_limited"] and shown["views"] <= 4
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_of_samples_is_for_those_who_look(monkeypatch, terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    with cli_data._bar("pack") as progress:
+        progress(512, 2048)
+        progress(2048, 2048)
+    shown = stream.getvalue().split("\r")[-1]
+    assert ("pack: 100%" in shown and "2.05k/2.05k" in shown) if terminal else shown == ""
 
 
 def test_show_draws_views_and_text(capsys, config_file, conversation, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -174,6 +175,33 @@ def test_a_pattern_has_a_place(tmp_path):
     (tmp_path / "train2.jsonl").write_text("{}")
     assert data_stamp(data) != before
     assert index_path(data_of(tmp_path / "*/train.jsonl")) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("json", ""), ("json", "*/train.jsonl"), ("records", "deep/train.jsonl"), ("images", "")],
+)
+def test_files_in_further_folders_have_their_part_in_the_stamp(tmp_path, source, name):
+    (tmp_path / "deep").mkdir()
+    path = write_records(tmp_path / "deep")
+    data = dataclasses.replace(data_of(tmp_path / name), source=source)
+    before = data_stamp(data)
+    if source != "images":  # of which any file may be one
+        (tmp_path / "deep/other.txt").write_text("no rows")
+    assert data_stamp(data) == before
+    path.write_text(path.read_text().replace("Words", "Wordy", 1))
+    os.utime(path, ns=(0, 0))
+    assert data_stamp(data) != before
+
+
+def test_files_in_a_bucket_have_their_part_in_the_stamp():
+    system = pytest.importorskip("fsspec").filesystem("memory")
+    data = data_of("memory://stamped")
+    stamps = []
+    for content in (b"{}", b"[]"):
+        system.pipe("/stamped/deep/t.json", content)
+        stamps.append(data_stamp(data))
+    assert stamps[0] != stamps[1] == data_stamp(data)
 
 
 def test_made_anew_for_other_limits(tmp_path):

@@ -3,17 +3,21 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import source_files
 from command_line import assert_one_line, call
 from golden_v4 import GOLDEN
 
 import uhd_jax
 from uhd_jax.cli import configs, main
-from uhd_jax.config import PARTS, ConfigError
+from uhd_jax.config import PARTS, ConfigError, DataConfig
+from uhd_jax.data.pack import pack
+from uhd_jax.data.sources import make_source
 
 FEWER = ("--config.train.log_every=1", "--config.train.stages[0].bucket_budget=1")  # programs to compile
 ROOT = Path(__file__).parents[1]
@@ -92,7 +96,7 @@ def test_options(place, monkeypatch):
         ("start,photos/train.json,step=3", "option 'step=3' is not one of images=, train=, steps="),
         ("start,photos/train.json,steps=many", "steps=many: must be a number"),
         ("start,photos/train.json,train=eyes", "trainable: 'eyes' is not one of"),
-        ("start,photos/train.csv", r"photos/train.csv: no file named \*.json, "),
+        ("start,photos/train.csv", r"photos/train.csv: no file named \*.arrayrecord, "),
         ("start,x.tar,images=photos", "images=photos: data of the kind 'tar' holds its images itself"),
     ],
 )
@@ -100,6 +104,60 @@ def test_what_is_wrong_is_said(place, monkeypatch, argument, message):
     monkeypatch.chdir(place)
     with pytest.raises(ConfigError, match=message):
         configs.load([f"--config={FILE}:{argument}"])
+
+
+def write_packed(folder):
+    lines = source_files.write_lines(folder.with_name("lines"), source_files.llava)
+    pack(DataConfig("json", lines), folder)
+
+
+def write_parquet(folder):
+    source_files.write_parquet(folder, source_files.rows_with_bytes())
+    (folder / "dataset_infos.json").write_text("{}")
+
+
+def write_arrow(folder):
+    source_files.write_arrow(folder, source_files.rows_with_bytes())
+    (folder / "dataset_info.json").write_text("{}")
+
+
+def write_tar(folder):
+    source_files.write_tar(folder)
+    (folder / "stats.json").write_text("{}")
+
+
+def write_jsonl(folder):
+    source_files.write_lines(folder, source_files.llava)
+    (folder / "infos.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("write", "kind"),
+    [
+        (write_packed, "array_record"),
+        (write_parquet, "parquet"),
+        (write_arrow, "arrow"),
+        (write_tar, "tar"),
+        (write_jsonl, "json"),
+        (source_files.write_pretty, "json"),  # data.json
+    ],
+)
+def test_every_folder_that_is_taken_can_be_opened(tmp_path, write, kind):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data")
+    data_of = runpy.run_path(str(FILE))["_data"]
+    inside = kind not in ("arrow", "array_record")  # which name their files themselves
+    for place in (tmp_path / "data", tmp_path) if inside else (tmp_path / "data",):
+        data = data_of(str(place), "")
+        source = make_source(DataConfig(**data))
+        assert (data["source"], len(source)) == (kind, 8) and source.files(5)
+
+
+def test_splits_of_a_dataset_on_disk_are_asked_for(tmp_path):
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    data = runpy.run_path(str(FILE))["_data"](str(tmp_path), "")
+    with pytest.raises(ValueError, match="has the splits train; name one"):
+        make_source(DataConfig(**data))
 
 
 def test_a_model_that_is_not_there_is_said(place, capsys, monkeypatch):

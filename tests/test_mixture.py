@@ -10,7 +10,7 @@ from test_pipeline import Numbered, equal, iterator, numbers_of, take
 from uhd_jax.config import AugmentConfig, ConfigError, DataConfig
 from uhd_jax.data.chat import Message
 from uhd_jax.data.sources import SOURCES, SourceKind, check_data, make_source
-from uhd_jax.data.sources.mixture import Mixture, MixtureOptions, MixturePart
+from uhd_jax.data.sources.mixture import _SMALL, Mixture, MixtureOptions, MixturePart, Stream
 from uhd_jax.slicing.sizes import Size
 
 
@@ -96,6 +96,19 @@ def test_order_follows_from_the_seed_and_the_place_alone():
     assert [one[place] for place in range(50)] != [other[place] for place in range(50)]
     rounds = [[one[place] for place in range(start, start + one.epoch)] for start in (0, one.epoch)]
     assert rounds[0] != rounds[1]
+
+
+@pytest.mark.parametrize("count", [_SMALL, _SMALL + 1])
+def test_a_stream_shows_every_sample_once_in_an_epoch(count):
+    """Also one that is too large to be shuffled as a whole, which Grain does place by place."""
+    stream = Stream(count, seed=3)
+    assert stream.epoch == count
+    epochs = [[stream[place] for place in range(first, first + count)] for first in (0, count)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(count))
+    assert epochs[0] != epochs[1] != epochs[0][::-1] and epochs[0] != list(range(count))
+    assert stream.visit(count + 5) == (epochs[1][5], 1)
+    assert [pickle.loads(pickle.dumps(stream))[place] for place in (7, 5)] == [epochs[0][7], epochs[0][5]]
+    assert [Stream(count, seed=4)[place] for place in range(50)] != epochs[0][:50]
 
 
 def test_samples_are_those_of_the_parts():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,8 @@ from uhd_jax.data.sources import SourceError, make_source
 from uhd_jax.data.windows import MALFORMED, REFUSED
 from uhd_jax.data.workers import WorkerError
 from uhd_jax.slicing.plan import ImageRefused
+
+ROOT = Path(__file__).parents[1]
 
 
 def data_of(path):
@@ -122,6 +127,49 @@ def test_goes_on_with_the_shards_that_are_missing(tmp_path, monkeypatch):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     read.clear()
     assert pack(data, tmp_path / "out", shard_samples=16) == summary and not read
+
+
+# Stops at a sample in the middle of the third shard, until it is killed.
+STOPS = """
+import sys, time
+from uhd_jax.config import DataConfig
+from uhd_jax.data import pack as packing
+write = packing._record
+def record(source, sample):
+    if sample == 40:
+        print("there", flush=True)
+        time.sleep(600)
+    return write(source, sample)
+packing._record = record
+packing.pack(DataConfig("json", {"path": sys.argv[1]}), sys.argv[2], shard_samples=16)
+"""
+
+
+def test_a_killed_pack_leaves_nothing_and_two_at_once_are_refused(tmp_path):
+    path, out = write_records(tmp_path), tmp_path / "out"
+    child = subprocess.Popen([sys.executable, "-c", STOPS, path, out], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout.readline() == b"there\n"
+        with pytest.raises(PackError, match="out: another pack is at work there"):
+            pack(data_of(path), out, shard_samples=16)
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    assert len(list(out.glob(".data-00002-*.partial"))) == 1
+    (out / ".parts/.00001.json.1.partial").write_text("half")
+    pack(data_of(path), out, shard_samples=16)
+    pack(data_of(path), tmp_path / "whole", shard_samples=16)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == files
+
+
+def test_a_pack_that_was_killed_before_it_wrote_anything_goes_on(tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in (".pack.lock", ".pack.json.17.partial"):
+        (tmp_path / "out" / name).write_text("")
+    assert pack(data_of(write_records(tmp_path)), tmp_path / "out")["complete"]
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_a_shard_without_a_usable_sample_is_no_file(tmp_path):

@@ -60,7 +60,7 @@ class Numbered:
         return [np.random.default_rng(index).integers(0, 256, (*size, 3), np.uint8) for size in self.sizes(index)]
 
 
-def iterator(source, process=(0, 1), model=MODEL, train=None, dropped=None, **stage):
+def iterator(source, process=(0, 1), model=MODEL, train=None, dropped=None, told=False, **stage):
     options = {"packed_length": 160, "rows": 4, "bucket_budget": 2} | stage
     stage = StageConfig(
         name="s",
@@ -72,7 +72,7 @@ def iterator(source, process=(0, 1), model=MODEL, train=None, dropped=None, **st
         **options,
     )
     train = TrainConfig(stages=(stage,), **({"packing_window": 24} | (train or {})))
-    return make_iterator(stage, model, train, source, TOKENIZER, process, dropped)
+    return make_iterator(stage, model, train, source, TOKENIZER, process, dropped, told)
 
 
 def numbers_of(batch):

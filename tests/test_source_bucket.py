@@ -66,6 +66,21 @@ def test_a_changed_file_is_copied_anew_and_a_damaged_copy_too(cache):
     assert len(copies(cache)) == 1
 
 
+@pytest.mark.parametrize("key", [None, "ETag", "LastModified", "generation", "mtime"])
+def test_a_file_that_changed_but_not_in_size_is_copied_anew(cache, monkeypatch, key):
+    """What tells its states apart has another name in every file system; in memory it is the time it was made."""
+    system, state = fsspec.filesystem("memory"), [1]
+    if key:
+        monkeypatch.setattr(
+            type(system), "info", lambda self, path, **_: {"size": 5, "type": "file", key: f"{state[0]}"}
+        )
+    for number, content in enumerate((b"first", b"again"), 1):
+        state[0] = number
+        system.pipe("/same-size/a", content)
+        assert open(local_copy("memory://same-size/a"), "rb").read() == content
+        assert len(copies(cache)) == 1
+
+
 def test_what_cannot_be_copied_is_named_and_leaves_nothing(cache, monkeypatch):
     fsspec.filesystem("memory").pipe("/full/a", b"12345")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4))

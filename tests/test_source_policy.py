@@ -1,7 +1,10 @@
 """What happens to samples that cannot be trained on: counted, listed once, and a run ends when they are too many."""
 
 import json
+import pickle
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import source_files
 import tiny
@@ -15,7 +18,10 @@ from uhd_jax.data.chat import Message
 from uhd_jax.data.dropped import DroppedList
 from uhd_jax.data.pipeline import make_iterator
 from uhd_jax.data.sources import make_source
-from uhd_jax.data.windows import MALFORMED, REFUSED, UNTRAINED, PipelineError
+from uhd_jax.data.windows import DECODED, MALFORMED, REFUSED, UNTRAINED, PipelineError
+from uhd_jax.slicing.plan import ImageRefused
+from uhd_jax.training.metrics import Fill
+from uhd_jax.training.step_log import Pending, StepLog
 
 
 def write(tmp_path, *others, good=12):
@@ -124,6 +130,92 @@ def test_a_source_of_broken_samples_alone_is_not_read_to_its_end(monkeypatch):
     with pytest.raises(PipelineError, match="96 of 96 samples"):
         next(iterator(Counting(1), train={"packing_window": 48, "prefetch": 0}))
     assert len(read) < windows.PLANNING_SAMPLES
+
+
+class Damaged(Numbered):
+    """A share of the images is cut off, which shows only when its pixels are read."""
+
+    def __init__(self, every):
+        super().__init__(96)
+        self._every = every
+
+    def images(self, index):
+        if index % self._every == 1:
+            raise ImageRefused("is cut off")
+        return super().images(index)
+
+
+def together(source, steps, tell=True, **train):
+    """The info of the last step on two hosts, or the errors of both; after every step they tell what they found."""
+    train = {"packing_window": 48} | train
+    hosts = [iterator(source, (host, 2), train=train, told=tell) for host in range(2)]
+    for step in range(steps):
+        infos, errors = [], []
+        for one in hosts:
+            try:
+                infos.append(next(one)[1])
+            except PipelineError as error:
+                errors.append(str(error))
+        if errors:
+            return step, errors
+        told = [sum(info.damaged.get(name, 0) for info in infos) for name in DECODED]
+        totals = [one.count_damaged(told) for one in hosts] if tell else []
+    states = [one.get_state() for one in hosts]
+    for one in hosts:
+        one.close()
+    return infos, totals, states
+
+
+def test_damaged_pixels_of_all_hosts_are_counted_and_judged_at_the_same_step(monkeypatch):
+    monkeypatch.setattr(windows, "JUDGED_AFTER", 48)
+    alone = iterator(Damaged(8), train={"packing_window": 48, "max_broken_samples": 1.0})
+    info = [next(alone)[1] for _ in range(15)][-1]
+    infos, totals, states = together(Damaged(8), 15, max_broken_samples=1.0)
+    assert 5 < info.counters[REFUSED] == totals[0][REFUSED] == totals[1][REFUSED]
+    assert all(its.counters[REFUSED] == 0 for its in infos) and states[0] == states[1] == alone.get_state()
+    alone.close()
+    # An eighth of all samples is damaged, a sixteenth of them in the rows of each host.
+    step, errors = together(Damaged(8), 15, max_broken_samples=0.1)
+    assert len(errors) == 2 and errors[0] == errors[1] and "more than the share" in errors[0]
+    assert len(together(Damaged(8), 15, tell=False, max_broken_samples=0.1)) == 3  # as no host knows of the others'
+    resumed = iterator(Damaged(8), train={"packing_window": 48, "max_broken_samples": 1.0})
+    resumed.set_state(states[0])
+    assert next(resumed)[1].counters[REFUSED] >= totals[0][REFUSED]
+    resumed.close()
+
+
+def test_what_all_hosts_found_damaged_is_in_the_metrics():
+    records, counted = [], []
+    run = SimpleNamespace(
+        config=tiny.run(),
+        checkpointer=SimpleNamespace(check=lambda: None),
+        console=SimpleNamespace(step=lambda stage: None, write=lambda record: None),
+        writers=[SimpleNamespace(write=records.append)],
+        **{"told": None, "peak": 1e12, "empty_total": 0, "empty_in_a_row": 0},
+    )
+    batches = SimpleNamespace(count_damaged=lambda counts: counted.append(counts) or {REFUSED: 5, MALFORMED: 1})
+    log = StepLog(run, run.config.train.stages[0], SimpleNamespace(compile_seconds=0.0), batches)
+    metrics = {"loss": np.float32(1), "weight_sum": np.float32(1), "skipped_in_a_row": np.int32(0)}
+    info = {"epoch": 0.5, REFUSED: 2, MALFORMED: 0}
+    told = np.float32(0), np.array([*Fill().numbers(), 3, 1], np.float32)
+    log.dispatched(Pending(1, 1, metrics, told, info, Fill(), 0.0, 1))
+    log.catch_up()
+    assert counted == [[3, 1]] and (records[0][f"data/{REFUSED}"], records[0][f"data/{MALFORMED}"]) == (7, 1)
+
+
+@pytest.mark.parametrize("judged", [48, 1000])
+def test_what_ends_a_run_before_its_first_batch_is_listed(tmp_path, monkeypatch, caplog, judged):
+    monkeypatch.setattr(windows, "JUDGED_AFTER", judged)
+    path = tmp_path / "dropped.jsonl"
+    broken = write(tmp_path, *([{"conversations": 7}] * 60), good=0)
+    said = "mend those named in the log" if judged == 48 else "no sample .* is usable"
+    with pytest.raises(PipelineError, match=said) as caught:
+        next(iterator(broken, dropped=path, train={"packing_window": 48}))
+    named = {entry["where"] for entry in map(json.loads, path.read_text().splitlines())}
+    assert len(named) == min(judged, 60) and all(where.startswith(f"{tmp_path}/x.jsonl:") for where in named)
+    assert "conversations: expected a list, got a number" in caplog.text
+    sent = pickle.loads(pickle.dumps(caught.value))  # as by a worker process, whose log nobody sees
+    assert sent.problems == caught.value.problems != ()
 
 
 def test_the_share_is_checked_and_may_change_between_runs():

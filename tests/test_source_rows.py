@@ -284,7 +284,7 @@ def test_broken_samples_of_a_shard_are_named(tmp_path):
     )
     complaints = [
         "0 members .json and 0 .txt",
-        "1 members .json and 1 .txt",
+        "images: 0 listed, but 1 parts",
         "record: expected",
         "its text is not",
         "its",

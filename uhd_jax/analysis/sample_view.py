@@ -47,6 +47,7 @@ class SampleView:
     prepared: Prepared
     images: list[np.ndarray]  # uint8[H, W, 3], altered
     spans: tuple[Span, ...]
+    limited: bool = True  # rows have an end of views: buckets that are planned, or the slots of the stage
 
     @property
     def encoded(self) -> EncodedSample:
@@ -60,6 +61,7 @@ class SampleView:
         return {
             "where": self.where,
             "max_slices": limit if self.fits else 0,
+            "views_limited": self.limited,
             "rounds_cut": rounds,
             "images_cut": self.prepared.first_image,
             "tokens": tokens,
@@ -92,7 +94,8 @@ def view_sample(preparer: Preparer, sample: int, epoch: int, tokenizer: Tokenize
     fitted = preparer.prepare(sample, epoch, messages, sizes, stage.buckets or (own_row,))
     prepared = fitted or preparer.smallest(sample, epoch, messages, sizes)
     spans = tuple(_spans(prepared.sample, tokenizer))
-    return SampleView(source.where(sample), fitted is not None, prepared, preparer.images(prepared), spans)
+    images, limited = preparer.images(prepared), bool(stage.buckets or stage.slots)
+    return SampleView(source.where(sample), fitted is not None, prepared, images, spans, limited)
 
 
 def to_text(view: SampleView, colours: bool) -> str:
@@ -169,6 +172,8 @@ def _headline(view: SampleView) -> str:
     fits = f"at most {numbers['max_slices']} slices per image" if view.fits else "DROPPED: too long for every row"
     if rounds := numbers["rounds_cut"]:
         fits += f"; the oldest {f'{rounds} rounds' if rounds > 1 else 'round'} of question and answer cut"
+    if not view.limited:
+        fits += "\nbuckets are not planned: views unlimited here (uhd-jax data plan)"
     return (
         f"{view.where}\n{numbers['tokens']} tokens, {numbers['visual_tokens']} of them visual and "
         f"{numbers['trained_tokens']} trained; {numbers['views']} view{'s' * (numbers['views'] != 1)}; {fits}"

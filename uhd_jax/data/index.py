@@ -7,6 +7,7 @@ tokenizer, with each image as one view of one visual token. `analysis.data_stats
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -24,7 +25,8 @@ import numpy as np
 from uhd_jax.config import ChatConfig, DataConfig, ImageLimits, to_dict
 from uhd_jax.data import workers
 from uhd_jax.data.chat import ChatError, EncodedSample, ImagePart, Message, encode_chat
-from uhd_jax.data.sources import Source, SourceError, check_data, make_source
+from uhd_jax.data.sources import SOURCES, Source, SourceError, check_data, make_source
+from uhd_jax.data.sources.files import DataFile, find_files
 from uhd_jax.data.sources.mixture import MixtureOptions
 from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from uhd_jax.data.windows import MALFORMED, REFUSED, says_something
@@ -299,21 +301,32 @@ def _still_right(kept: DataIndex, source: Source, tokenizers: Mapping[str, tuple
 
 
 def data_stamp(data: DataConfig) -> list[Any]:
-    """The options of a source, and sizes and times of the files that its path names, or of those in that folder."""
+    """The options of a source, and sizes and states of the files that it reads its rows from, however deep they lie.
+
+    Raises:
+      SourceError: the path names no file.
+    """
     facts: list[Any] = [to_dict(data)]
-    named = [data.options, *(part.get("options", {}) for part in data.options.get("parts", ()))]
-    for path in (options.get("path") for options in named):
-        if not isinstance(path, str):
-            continue
-        found = [path] if os.path.exists(path) else _matches(path)
-        entries = list(os.scandir(path)) if os.path.isdir(path) else list(map(Path, found))
-        digest = hashlib.sha256()
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if not entry.name.startswith(".") and not entry.name.endswith(SUFFIX):
-                status = os.stat(entry)
-                digest.update(f"{entry.name!r} {status.st_size} {status.st_mtime_ns}\n".encode())
-        facts.append(digest.hexdigest())
+    parts = [(part["source"], part.get("options", {})) for part in data.options.get("parts", ())]
+    for source, options in [(data.source, data.options), *parts]:
+        if isinstance(path := options.get("path"), str):
+            digest = hashlib.sha256()
+            for name in _files_of(path, getattr(SOURCES[source].open, "suffixes", ())):
+                with contextlib.suppress(SourceError):  # a link to nowhere among images: its sample is in trouble
+                    file = DataFile(name)
+                    digest.update(f"{name!r} {file.size} {file.stamp}\n".encode())
+            facts.append(digest.hexdigest())
     return json.loads(json.dumps(facts))
+
+
+def _files_of(path: str, suffixes: Sequence[str]) -> list[str]:
+    """The files of a source that has such files; of others the file that is their path, or all below that folder."""
+    if suffixes:
+        return find_files(path, *suffixes)
+    if os.path.isfile(path):
+        return [path]
+    found = [os.path.join(place, name) for place, _, names in os.walk(path) for name in names]
+    return sorted(name for name in found if not os.path.basename(name).startswith(".") and not name.endswith(SUFFIX))
 
 
 def _save(path: Path, index: DataIndex, stamp: Mapping[str, Any]) -> None:

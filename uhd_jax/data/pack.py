@@ -5,13 +5,14 @@
     pack.json                          what was packed, and how it ended
 
 A shard is written beside its name and renamed when whole, so a pack that was interrupted goes on with the shards that
-are missing.
+are missing. What a killed one has left half-written is removed then, under a lock on the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import multiprocessing
 import os
@@ -34,6 +35,8 @@ from uhd_jax.slicing.plan import ImageRefused
 SUMMARY, SKIPPED = "pack.json", "skipped.jsonl"
 SHARD_SAMPLES = 1024
 _FORMAT = "uhd_jax records 1"
+_LOCK = ".pack.lock"
+_PARTIAL = ".partial"  # ends the name of what is being written
 _PARTS = ".parts"  # folder with a JSON file per finished shard, until all are
 _OPTIONS = "group_size:1,uncompressed"  # a group is read as a whole; images are compressed already
 _SECONDS = 0.2  # between two reports of progress
@@ -68,12 +71,23 @@ def pack(
       The content of pack.json.
 
     Raises:
-      PackError: the folder holds something else, or the data has changed since.
+      PackError: the folder holds something else, the data has changed since, or another pack is at work there.
       ConfigError, SourceError, NoImages: the source cannot be opened.
       WorkerError: a process is gone.
       OSError: the folder cannot be written, or a source's file cannot be read.
     """
-    folder = _folder(folder)
+    with _claimed(folder) as folder:
+        return _pack(data, folder, limits, shard_samples, processes, progress)
+
+
+def _pack(
+    data: DataConfig,
+    folder: Path,
+    limits: ImageLimits,
+    shard_samples: int,
+    processes: int,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
     count = len(make_source(data, limits))
     facts = {"format": _FORMAT, "data": to_dict(data), "limits": to_dict(limits), "shard_samples": shard_samples}
     facts |= {"source_samples": count, "stamp": data_stamp(data)}
@@ -112,7 +126,7 @@ class _Job:
 
     def _write(self, source: Source, shard: int, samples: range, shards: int) -> None:
         path = self.folder / f"data-{shard:05d}-of-{shards:05d}.arrayrecord"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
         skipped, written, size = [], 0, 0
         try:
             writer = ArrayRecordWriter(str(partial), _OPTIONS)
@@ -146,14 +160,29 @@ def _record(source: Source, sample: int) -> bytes:
     return record_format.encode(PackedSample(tuple(source.messages(sample)), files, source.where(sample)))
 
 
-def _folder(name: str | Path) -> Path:
+@contextlib.contextmanager
+def _claimed(name: str | Path) -> Iterator[Path]:
+    """Makes the folder and holds a lock on it, which the system lets go of however the process ends."""
     if "://" in str(name):
         raise PackError(f"{name}: is not a local folder; pack into one, then copy it there")
     folder = Path(name)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / SUMMARY).exists() and any(folder.iterdir()):
+    partials = f".*{_PARTIAL}"
+    left = {folder / _LOCK, *folder.glob(partials)}  # all that a pack killed at once has left
+    if not (folder / SUMMARY).exists() and any(path not in left for path in folder.iterdir()):
         raise PackError(f"{folder}: is not empty, and holds no {SUMMARY} to go on from; name a new folder")
-    return folder
+    with open(folder / _LOCK, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PackError(f"{folder}: another pack is at work there; wait for its end, or name another") from None
+        except OSError:
+            pass  # some network file systems know no locks: packing works there, but nothing is known to be left over
+        else:
+            for partial in (*folder.glob(partials), *(folder / _PARTS).glob(partials)):
+                partial.unlink(missing_ok=True)
+        yield folder
+        (folder / _LOCK).unlink(missing_ok=True)  # of a pack that is whole; who waits for it meets a whole folder
 
 
 def _summary(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +248,7 @@ def _part(folder: Path, shard: int) -> Path:
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """Yields a temporary path that becomes `path`."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
     try:
         yield partial
         _flush(partial)

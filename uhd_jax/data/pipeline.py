@@ -34,6 +34,7 @@ from uhd_jax.data.sources import Source, SourceError
 from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from uhd_jax.data.windows import (
     COUNTERS,
+    DECODED,
     KEPT,
     MALFORMED,
     REFUSED,
@@ -69,7 +70,8 @@ class BatchInfo:
     read: int  # samples of the stream, over all hosts, up to the end of this batch's window
     waiting: int  # samples left over by the window, to be packed in the next
     row_patches: tuple[int, ...]  # `patches_of` every row of all hosts
-    counters: Mapping[str, int]  # `COUNTERS`, over all hosts' samples planned so far (bad pixels: this host's)
+    damaged: Mapping[str, int]  # `DECODED`, of this batch: samples of this host's rows whose pixels cannot be read
+    counters: Mapping[str, int]  # `COUNTERS`, over all hosts' samples planned so far; for damaged ones see `told`
 
 
 def make_iterator(
@@ -80,6 +82,7 @@ def make_iterator(
     tokenizer: Tokenizer | None = None,
     process: tuple[int, int] = (0, 1),
     dropped: Path | None = None,
+    told: bool = False,
 ) -> BatchIterator:
     """An endless iterator over the batches of a stage.
 
@@ -91,6 +94,7 @@ def make_iterator(
       tokenizer: default: the one that `model.chat` names.
       process: index and count of hosts. Every host plans all rows and renders its own part of them.
       dropped: a file to which every sample that is left out is added once, as a line of JSON: where, counter, reason.
+      told: whether `count_damaged` will be told of all hosts' damaged samples; else this host's own are in `counters`.
 
     Raises:
       ConfigError: buckets that contradict the stage, rows that the hosts cannot share, or a decoder with fewer ids
@@ -103,13 +107,22 @@ def make_iterator(
             f"model.decoder.vocab_size: tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, "
             f"the decoder only {model.decoder.vocab_size}"
         )
-    return BatchIterator(WindowPlanner(stage, model, train, source, tokenizer), train, process, dropped)
+    if train.jpeg_draft and process[0] == 0:
+        logger.warning("stage %r: train.jpeg_draft is on: large JPEGs are decoded smaller; pixels change", stage.name)
+    return BatchIterator(WindowPlanner(stage, model, train, source, tokenizer), train, process, dropped, told)
 
 
 class BatchIterator:
     """Yields (Batch of NumPy arrays, BatchInfo); prepares batches ahead in a thread or in worker processes."""
 
-    def __init__(self, planner: WindowPlanner, train: TrainConfig, process: tuple[int, int], dropped: Path | None):
+    def __init__(
+        self,
+        planner: WindowPlanner,
+        train: TrainConfig,
+        process: tuple[int, int],
+        dropped: Path | None,
+        told: bool = False,
+    ):
         if planner.stage.rows % process[1]:
             raise ConfigError(f"rows: {process[1]} hosts cannot share {planner.stage.rows} rows evenly")
         self._planner = planner
@@ -117,6 +130,7 @@ class BatchIterator:
         self._process = process
         self._position = START
         self._counters = Counter(dict.fromkeys(COUNTERS, 0))
+        self._told, self._damaged = told, Counter(dict.fromkeys(DECODED, 0))  # of all hosts, as they were told
         self._running: list[grain.DatasetIterator] = []  # none or one
         self._reported: defaultdict[str, set[int]] = defaultdict(set)
         self._dropped = DroppedList(dropped) if dropped else None
@@ -138,13 +152,28 @@ class BatchIterator:
             self._running.append(iter(self._dataset()))
         try:
             batch, info, problems, self._position = next(self._running[0])
-        except BaseException:
+        except BaseException as error:
             self.close()  # whoever tries again gets this batch, not the one prefetched after it
+            if isinstance(error, PipelineError):
+                self._report(error.problems)  # "those named in the log"
             raise
         self._counters.update(problem.counter for problem in problems)
+        if self._told:  # what the hosts know all of them: else one that finds too much would end alone
+            self._counters.subtract(info.damaged)
         self._report(problems)
-        self._planner.check_share(self._counters, info.read)
+        self._planner.check_share(self._counters + self._damaged, info.read)
         return batch, dataclasses.replace(info, counters=dict(self._counters))
+
+    def count_damaged(self, counts: Sequence[float]) -> dict[str, int]:
+        """Counts the samples that all hosts together found damaged in a batch, in the order of `DECODED`.
+
+        All hosts have to call it between the same two batches: the next one may be refused for it.
+
+        Returns:
+          All that were told so far, by counter. They are in `get_state`, but not in `BatchInfo.counters`.
+        """
+        self._damaged.update(dict(zip(DECODED, (round(count) for count in counts), strict=True)))
+        return dict(self._damaged)
 
     def _report(self, problems: Sequence[Problem]) -> None:
         """Logs each sample once: it comes again in every epoch. Here, because workers have no log that is shown."""
@@ -164,7 +193,7 @@ class BatchIterator:
         """Where the iterator stands, after the batches handed out (not those prefetched); JSON types only."""
         return {
             "position": {**dataclasses.asdict(self._position), "carried": list(self._position.carried)},
-            "counters": dict(self._counters),
+            "counters": {name: count + self._damaged[name] for name, count in self._counters.items()},
             "fingerprint": self._planner.fingerprint,
         }
 
@@ -184,6 +213,7 @@ class BatchIterator:
         position = state["position"]
         self._position = Position(position["start"], tuple(position["carried"]), position["batch"])
         self._counters = Counter(dict.fromkeys(COUNTERS, 0) | state["counters"])
+        self._damaged = Counter(dict.fromkeys(DECODED, 0))
 
     def close(self) -> None:
         """Ends the prefetch thread and worker processes; the next batch would start new ones.
@@ -313,6 +343,7 @@ class _RenderedBatchIterator(grain.DatasetIterator):
             read=window.following.start,
             waiting=len(window.following.carried),
             row_patches=tuple(patches_of(window.samples[i].sample.needs for i in row) for row in packed.rows),
+            damaged=Counter(problem.counter for problem in found if problem),
             counters={},
         )
         return batch, info, problems, self._position

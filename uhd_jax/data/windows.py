@@ -13,7 +13,7 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +40,7 @@ MALFORMED = "samples_dropped_bad_record"  # `SourceError`, or turns for which th
 UNTRAINED = "samples_dropped_without_answer"
 COUNTERS = (FEWER_SLICES, TURNS_CUT, TOO_LONG, REFUSED, MALFORMED, UNTRAINED)
 KEPT = (FEWER_SLICES, TURNS_CUT)  # are trained on, though not whole
+DECODED = (REFUSED, MALFORMED)  # that also show only when pixels are read, by the host whose rows need them
 BROKEN = (REFUSED, MALFORMED, UNTRAINED)  # of which `TrainConfig.max_broken_samples` allows a share
 
 JUDGED_AFTER = 1000  # samples; before, a few broken ones are no share to judge by
@@ -47,6 +48,8 @@ JUDGED_AFTER = 1000  # samples; before, a few broken ones are no share to judge 
 
 class PipelineError(ValueError):
     """The pipeline cannot go on: nothing usable in the source, or a state that belongs to another run."""
+
+    problems: Sequence[Problem] = ()  # of the window that could not be made; they come with no batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,13 +149,17 @@ class WindowPlanner:
                 self._carried = {places[i]: samples[i] for i in left}
                 return Window(batches, samples, Position(end, tuple(self._carried), 0), problems)
             counts = Counter(problem.counter for problem in problems)
-            self.check_share(counts, end - start)
-            if not samples and end - start > self.epoch:
-                raise PipelineError(
-                    f"stage {self.stage.name!r}: no sample of the source {self.stage.data.source!r} is usable: "
-                    + ", ".join(f"{name} {count}" for name, count in counts.items())
-                    + f"; for example {self.where(problems[0].index)}: {problems[0].reason}"
-                )
+            try:
+                self.check_share(counts, end - start)
+                if not samples and end - start > self.epoch:
+                    raise PipelineError(
+                        f"stage {self.stage.name!r}: no sample of the source {self.stage.data.source!r} is usable: "
+                        + ", ".join(f"{name} {count}" for name, count in counts.items())
+                        + f"; for example {self.where(problems[0].index)}: {problems[0].reason}"
+                    )
+            except PipelineError as error:
+                error.problems = problems
+                raise
 
     def check_share(self, counts: Mapping[str, int], samples: int) -> None:
         """Raises `PipelineError` if more of the samples read so far are broken than the configuration allows.

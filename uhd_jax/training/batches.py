@@ -14,6 +14,7 @@ from uhd_jax.config import RunConfig
 from uhd_jax.data.balance import imbalance
 from uhd_jax.data.pipeline import BatchIterator, make_iterator
 from uhd_jax.data.sources import make_source
+from uhd_jax.data.windows import DECODED
 from uhd_jax.sharding.mesh import make_mesh, row_shards
 from uhd_jax.sharding.multihost import row_share
 
@@ -29,11 +30,12 @@ def make_batches(config: RunConfig, stage_index: int, workdir: Path | None = Non
     stage = config.train.stages[stage_index]
     source = make_source(stage.data, config.model.slicing.limits, f"config.train.stages[{stage_index}].data")
     mesh = make_mesh(config.train.mesh)
-    process = row_share(mesh) if jax.process_count() > 1 else (0, 1)
+    together = jax.process_count() > 1
+    process = row_share(mesh) if together else (0, 1)
     model = config.model.for_stage(stage)
     suffix = f".{jax.process_index()}.jsonl" if jax.process_index() else ".jsonl"
     dropped = workdir / f"{DROPPED_FILE}{suffix}" if workdir else None
-    batches = make_iterator(stage, model, config.train, source, process=process, dropped=dropped)
+    batches = make_iterator(stage, model, config.train, source, process=process, dropped=dropped, told=together)
     try:
         yield StageBatches(batches, row_shards(mesh))
     finally:
@@ -48,11 +50,14 @@ class StageBatches:
         self._row_shards = row_shards
         self.get_state = batches.get_state
         self.set_state = batches.set_state
+        self.count_damaged = batches.count_damaged
+        self.damaged: tuple[int, ...] = ()  # samples of the last batch in this process, in the order of `count_damaged`
 
     def __next__(self) -> tuple[Batch, Mapping[str, Any]]:
         """The next batch, with the epoch, numbers of samples and images, the imbalance of patches over the devices that
         rows are split over, and the counters of dropped samples."""
         batch, info = next(self._batches)
         numbers = {"epoch": info.epoch, "samples": info.samples, "images": info.images, "waiting": info.waiting}
+        self.damaged = tuple(info.damaged.get(name, 0) for name in DECODED)
         numbers["patch_imbalance"] = imbalance(info.row_patches, self._row_shards)
         return batch, numbers | dict(info.counters)

@@ -52,7 +52,10 @@ from uhd_jax.training.workdir import claimed
 
 
 class Batches(Protocol):
-    """A stage's data: an endless iterator whose state is a JSON dict."""
+    """A stage's data: an endless iterator whose state is a JSON dict.
+
+    One that counts what each process finds by itself has `damaged` and `count_damaged`, as `batches.StageBatches`.
+    """
 
     def __next__(self) -> tuple[Batch, Mapping[str, Any]]:
         """A batch of this process's rows, in NumPy and never written to again, and counters to log."""
@@ -269,7 +272,6 @@ class Run:
                 self.mesh,
             )
         )
-        log = StepLog(self, stage, steps)
         share = multihost.row_share(self.mesh)[1] / jax.process_count()  # of this process in the rows it provides
         with contextlib.ExitStack() as stack:
             try:
@@ -279,6 +281,7 @@ class Run:
                         batches.set_state(iterator)
             except Interrupted:
                 return state
+            log = StepLog(self, stage, steps, batches)
             iterator = batches.get_state()
             while stage_step < stage.steps and not self._asked(signals):
                 asked = time.monotonic()
@@ -300,7 +303,10 @@ class Run:
                 self.watchdog.alive(f"step {step + 1} has its data")
                 fill = Fill.of(batch, info)
                 state, metrics = steps(state, place_batch(batch, self.mesh))
-                told = self.poll(signals.received or 0, fill.numbers(share)) if self.poll else None
+                told = None
+                if self.poll:
+                    damaged = [share * count for count in getattr(batches, "damaged", ())]
+                    told = self.poll(signals.received or 0, [*fill.numbers(share), *damaged])
                 step, stage_step = step + 1, stage_step + 1
                 too_many_bad = log.dispatched(
                     Pending(step, stage_step, metrics, told, info, fill, waited, steps.compilations)
@@ -311,6 +317,7 @@ class Run:
                 if due or too_many_bad:
                     # Before the save: a step in the checkpoint must not be missing from the log after a kill.
                     too_many_bad |= log.catch_up()
+                    iterator = batches.get_state()  # with what other processes told of these steps
                     self._save(index, state, iterator)
                 if too_many_bad:
                     self.checkpointer.wait()
@@ -320,6 +327,8 @@ class Run:
                         f"rate in a new workdir with train.init_from={self.workdir}, or look at the data"
                     )
             log.catch_up()
+            if self.together:  # one that is alone may have been interrupted when the data had moved on
+                iterator = batches.get_state()
             if step not in (0, self.saved_step):
                 self._save(index, state, iterator)
         return state

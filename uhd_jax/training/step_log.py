@@ -17,7 +17,7 @@ from uhd_jax.training.metrics import Fill, Meter, to_number
 from uhd_jax.training.step import CompiledSteps
 
 if TYPE_CHECKING:
-    from uhd_jax.training.loop import Run
+    from uhd_jax.training.loop import Batches, Run
 
 MAX_IN_FLIGHT = 1  # steps dispatched and not yet read back while the next one is prepared
 
@@ -33,7 +33,7 @@ class Pending:
     step: int
     stage_step: int
     metrics: Mapping[str, jax.Array]
-    told: tuple[jax.Array, jax.Array] | None  # of all processes: number of a signal, `Fill.numbers`; None for one alone
+    told: tuple[jax.Array, jax.Array] | None  # of all processes: a signal's number, `Fill.numbers` and damaged samples
     info: Mapping[str, Any]
     fill: Fill
     wait_seconds: float
@@ -43,8 +43,8 @@ class Pending:
 class StepLog:
     """Reads metrics a step late, so that reading never keeps the device waiting, and writes the records."""
 
-    def __init__(self, run: Run, stage: StageConfig, steps: CompiledSteps):
-        self._run, self._stage, self._steps = run, stage, steps
+    def __init__(self, run: Run, stage: StageConfig, steps: CompiledSteps, batches: Batches):
+        self._run, self._stage, self._steps, self._batches = run, stage, steps, batches
         self._pending: collections.deque[Pending] = collections.deque()
         self._meter = Meter()
         self._last_time, self._last_compile = time.monotonic(), steps.compile_seconds
@@ -61,10 +61,14 @@ class StepLog:
     def _read(self) -> bool:
         run, train, entry = self._run, self._run.config.train, self._pending.popleft()
         metrics = {key: to_number(value) for key, value in jax.device_get(dict(entry.metrics)).items()}
-        fill = entry.fill
-        if entry.told is not None:
+        fill, info = entry.fill, {key: to_number(value) for key, value in entry.info.items()}
+        if entry.told is not None:  # not of one process alone
             number, counts = jax.device_get(entry.told)
-            run.told, fill = run.told or int(number) or None, Fill.of_numbers(counts.tolist())
+            filled = len(fill.numbers())
+            run.told, fill = run.told or int(number) or None, Fill.of_numbers(counts[:filled].tolist())
+            if len(counts) > filled:
+                damaged = self._batches.count_damaged(counts[filled:].tolist())
+                info |= {key: info[key] + count for key, count in damaged.items()}
         now, compile_seconds = time.monotonic(), self._steps.compile_seconds
         seconds = (now - self._last_time) - (compile_seconds - self._last_compile)
         self._last_time, self._last_compile = now, compile_seconds
@@ -88,18 +92,18 @@ class StepLog:
             record = {"stage": self._stage.name, "step": entry.step, "stage_step": entry.stage_step, **metrics}
             record |= self._meter.take(run.peak)
             record |= {"compilations": entry.compilations, "compile_seconds": compile_seconds}
-            record |= {f"data/{key}": to_number(value) for key, value in entry.info.items()}
+            record |= {f"data/{key}": value for key, value in info.items()}
             for writer in (*run.writers, run.console):
                 writer.write(record)
         if run.empty_in_a_row >= min(train.max_bad_steps, self._stage.steps):
-            raise TrainingError(self._why_nothing(entry))
+            raise TrainingError(self._why_nothing(entry.step, info))
         return not empty and bad >= train.max_bad_steps
 
-    def _why_nothing(self, entry: Pending) -> str:
+    def _why_nothing(self, step: int, info: Mapping[str, float]) -> str:
         data = self._stage.data
-        counts = [f"{key} {to_number(value)}" for key, value in entry.info.items() if "dropped" in key and value]
+        counts = [f"{key} {value}" for key, value in info.items() if "dropped" in key and value]
         return (
-            f"step {entry.step}: {self._run.empty_in_a_row} steps in a row had nothing to train on. Samples dropped so "
+            f"step {step}: {self._run.empty_in_a_row} steps in a row had nothing to train on. Samples dropped so "
             f"far, the first of them named above: {', '.join(counts) or 'none'}. Mend the data of stage "
             f"{self._stage.name!r}, source {data.source!r} {to_dict(data)['options']}, and start again: the run goes "
             f"on from its last checkpoint"

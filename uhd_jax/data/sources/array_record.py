@@ -34,10 +34,12 @@ class ArrayRecords(RowSource):
       SourceError: no shard, or one that is not ArrayRecord.
     """
 
+    suffixes = (".arrayrecord",)
+
     def __init__(self, options: ArrayRecordOptions, limits: ImageLimits = ImageLimits()):
         super().__init__(FileOptions(options.path), limits)
         self._options = options
-        self._paths = find_files(options.path, ".arrayrecord")
+        self._paths = find_files(options.path, *self.suffixes)
         self._shards = [_open(path) for path in self._paths]
         self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
         if not len(self):

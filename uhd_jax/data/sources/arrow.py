@@ -12,12 +12,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from uhd_jax.config import ImageLimits
+from uhd_jax.data.sources.conversation import OTHER_MEDIA, TURNS
 from uhd_jax.data.sources.files import DataFile, exists, needs_library
 from uhd_jax.data.sources.local_copy import local_copy
 from uhd_jax.data.sources.protocol import SourceError
 from uhd_jax.data.sources.rows import FileOptions, RowSource
 
-COLUMNS = ("messages", "conversations", "texts", "system", "image", "images")  # all that `conversation` knows
+COLUMNS = (*TURNS, "system", "image", "images", *OTHER_MEDIA)  # all that `conversation` knows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,10 @@ class ArrowDataset(RowSource):
       SourceError: no such dataset, several splits, or one without a column of conversations.
     """
 
+    suffixes = (".arrow",)
+
     def __init__(self, options: ArrowOptions, limits: ImageLimits = ImageLimits()):
-        super().__init__(options, limits, options.path)
+        super().__init__(options, limits)
         self._tables = [_mapped(path) for path in _data_files(options.path)]
         self._ends = np.cumsum([table.num_rows for table in self._tables], dtype=np.int64)
         if not len(self):
@@ -46,6 +49,9 @@ class ArrowDataset(RowSource):
     def where(self, index: int) -> str:
         """The folder and the row, from 1."""
         return f"{self._options.path}:{index + 1}"
+
+    def _folder(self, index: int) -> str:
+        return self._options.path
 
     def _row(self, index: int) -> dict[str, Any]:
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -78,7 +84,7 @@ def arrow_file(path: str, form: str) -> Iterator[BinaryIO]:
 
 def known_columns(path: str, names: list[str]) -> list[str]:
     """Those of a file's columns that make a sample."""
-    if not {"messages", "conversations", "texts"} & set(names):
+    if not set(TURNS) & set(names):
         raise SourceError(
             f"{path}: has no column messages, conversations or texts, but {', '.join(names):.200}; rename one"
         )

@@ -20,6 +20,8 @@ from uhd_jax.data.sources.protocol import SourceError
 from uhd_jax.slicing import image_io
 
 IMAGE_MARK = "<image>"
+TURNS = ("messages", "conversations", "texts")  # the field that holds the conversation; the first that says something
+OTHER_MEDIA = ("video", "videos", "audio", "audios")  # fields of records that are not for this model
 _MARK = re.compile(f"({IMAGE_MARK})")
 _ROLES_OF = {"human": "user", "gpt": "assistant", "system": "system", "user": "user", "assistant": "assistant"}
 _SAME_ROLES = dict(zip(ROLES, ROLES, strict=True))
@@ -36,8 +38,12 @@ def parse(record: Any) -> tuple[tuple[Message, ...], list[Any]]:
       SourceError: the record is of no form, or does not show its images; the message begins with the field.
     """
     _expect(isinstance(record, Mapping), "record", "an object", record)
+    for key in OTHER_MEDIA:
+        if not _left_out(record.get(key)):
+            raise SourceError(f"{key}: only texts and images are trained on; leave the record out")
     images, names = _images(record)
     shown: list[int] = []
+    brought: list[Any] = []  # images that parts name themselves
     has_parts = False
     messages = []
     for role, content, field in _turns(record):
@@ -46,8 +52,12 @@ def parse(record: Any) -> tuple[tuple[Message, ...], list[Any]]:
             parts = _split(text, names, shown) if role == "user" else [text]
         else:
             has_parts = True
-            parts = _parts(content, role, field, shown)
+            parts = _parts(content, role, field, shown, brought)
         messages.append(Message(role, tuple(parts)))
+    if brought:
+        if images or len(brought) != len(shown):
+            raise SourceError("images: some are named by parts of the messages, others are not; name all in one way")
+        images = brought
     if images and not shown and not has_parts:
         messages = _shown_first(messages, len(images))
     elif sorted(shown) != list(range(len(images))):
@@ -66,10 +76,10 @@ def parse(record: Any) -> tuple[tuple[Message, ...], list[Any]]:
 
 
 def _images(record: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
-    """The images of a record, and the marks that stand for them if they have names. Null is as good as left out."""
-    key = "image" if record.get("image") is not None else "images"
+    """The images of a record, and the marks that stand for them if they have names."""
+    key = "images" if _left_out(record.get("image")) else "image"
     value = record.get(key)
-    if value is None:  # as tables that also have rows with images are written as JSON
+    if _left_out(value):
         return [], ()
     if isinstance(value, Mapping) and not _is_file(value):
         for name in value:
@@ -83,6 +93,11 @@ def _images(record: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
         return [_image(value, key)], ()
     _expect(isinstance(value, list | tuple), key, "a list", value)
     return [_image(one, f"{key}[{number}]") for number, one in enumerate(value)], ()
+
+
+def _left_out(value: Any) -> bool:
+    """Whether a field is null or empty: so tables whose other rows have it are written as JSON."""
+    return value is None or (isinstance(value, str | list | tuple | Mapping) and not value)
 
 
 def _is_file(value: Mapping[str, Any]) -> bool:
@@ -100,7 +115,8 @@ def _image(value: Any, field: str) -> Any:
 
 
 def _turns(record: Mapping[str, Any]) -> list[_Turn]:
-    key = next((key for key in ("messages", "conversations", "texts") if key in record), "")
+    present = [key for key in TURNS if key in record]
+    key = next((key for key in present if not _left_out(record[key])), present[0] if present else "")
     if not key:
         raise SourceError("messages: missing, and neither conversations nor texts instead")
     turns = record[key]
@@ -140,7 +156,10 @@ def _split(text: str, names: Sequence[str], shown: list[int]) -> list[str | Imag
     return parts
 
 
-def _parts(content: Sequence[Any], role: str, field: str, shown: list[int]) -> list[str | ImagePart]:
+def _parts(
+    content: Sequence[Any], role: str, field: str, shown: list[int], brought: list[Any]
+) -> list[str | ImagePart]:
+    """The parts of a turn; `shown` grows by the images that they show, `brought` by those that they name themselves."""
     parts: list[str | ImagePart] = []
     for number, part in enumerate(content):
         place = f"{field}[{number}]"
@@ -148,14 +167,24 @@ def _parts(content: Sequence[Any], role: str, field: str, shown: list[int]) -> l
         kind = _entry(part, "type", place)
         if kind == "text":
             parts.append(_text(_entry(part, "text", place), f"{place}.text"))
-        elif kind == "image" and role == "user":
+        elif kind in ("image", "image_url") and role == "user":
+            brought += _named_by(part, place)
             shown.append(len(shown))
             parts.append(ImagePart(shown[-1]))
-        elif kind == "image":
+        elif kind in ("image", "image_url"):
             raise SourceError(f"{place}: only the role 'user' can show images, not {role!r}")
         else:
-            raise SourceError(f"{place}.type: {kind!r:.80} is not one of text, image")
+            raise SourceError(f"{place}.type: {kind!r:.80} is not one of text, image, image_url")
     return parts
+
+
+def _named_by(part: Mapping[str, Any], place: str) -> list[Any]:
+    """The image that a part names itself; none where it stands for the next of the record's."""
+    if part["type"] == "image_url":
+        value = _entry(part, "image_url", place)
+        return [_image(_entry(value, "url", f"{place}.image_url") if isinstance(value, Mapping) else value, place)]
+    key = next((key for key in ("image", "path", "url") if not _left_out(part.get(key))), "")
+    return [_image(part[key], f"{place}.{key}")] if key else []
 
 
 def _shown_first(messages: Sequence[Message], images: int) -> list[Message]:

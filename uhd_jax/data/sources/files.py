@@ -17,6 +17,9 @@ from uhd_jax.data.sources.protocol import SourceError
 CHUNK = 8 * 2**20  # bytes read at a time by those who read all
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# What tells two states of a file in a bucket apart, by the names that file systems give it; their listings round times
+# in other ways than their answers about one file, so a time is the last resort.
+_STATES = ("etag", "ETag", "generation", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 _REFUSED = ("file", "local", "http", "https", "ftp", "data", "github", "zip", "tar", "reference")
 
 
@@ -37,7 +40,8 @@ class DataFile:
         try:
             if is_url(self.path):
                 info = _file_system(self.path).info(self.path)
-                self.size, self.stamp = int(info["size"]), str(info.get("etag") or info.get("mtime") or "")
+                self.size = int(info["size"])
+                self.stamp = next((str(info[key]) for key in _STATES if info.get(key)), "")
                 regular = info["type"] == "file"
             else:
                 status = os.stat(self.path)
@@ -71,27 +75,33 @@ class DataFile:
             raise unreadable(self.path, error) from None
 
 
-def find_files(path: str, suffix: str) -> list[str]:
-    """The files that a path names: itself, all below a folder that end in `suffix`, or what a pattern matches; sorted.
+def find_files(path: str, *suffixes: str) -> list[str]:
+    """The files that a path names, sorted: itself, what a pattern matches, or all below a folder that end in a suffix,
+    the first of `suffixes` that there are such files of.
 
     Raises:
       SourceError: there are none.
     """
     if is_url(path):
         system = _file_system(path)
-        pattern = path if any(sign in path for sign in "*?[") else f"{path.rstrip('/')}/**/*{suffix}"
+        if any(sign in path for sign in "*?["):
+            patterns = [path]
+        else:
+            patterns = [f"{path.rstrip('/')}/**/*{suffix}" for suffix in suffixes]
         try:
-            found = [path] if system.isfile(path) else [system.unstrip_protocol(name) for name in system.glob(pattern)]
+            if system.isfile(path):
+                return [path]
+            found = next(filter(None, map(system.glob, patterns)), [])
         except OSError as error:
             raise unreadable(path, error) from None
+        found = [system.unstrip_protocol(name) for name in found]
     elif os.path.isdir(path):
-        found = glob.glob(os.path.join(glob.escape(path), "**", f"*{suffix}"), recursive=True)
-    elif os.path.exists(path):
-        found = [path]
+        patterns = [os.path.join(glob.escape(path), "**", f"*{suffix}") for suffix in suffixes]
+        found = next(filter(None, (glob.glob(pattern, recursive=True) for pattern in patterns)), [])
     else:
-        found = glob.glob(path, recursive=True)
+        found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
     if not found:
-        raise SourceError(f"{path}: no such file, nor a folder or pattern with files *{suffix}")
+        raise SourceError(f"{path}: no such file, nor a folder or pattern with files *{' or *'.join(suffixes)}")
     return sorted(found)
 
 

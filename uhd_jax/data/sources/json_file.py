@@ -29,9 +29,11 @@ class JsonFiles(RowSource):
       SourceError: no file, or one without rows, or with an array that does not end.
     """
 
+    suffixes = (".jsonl", ".json")  # the latter where there is none of the former: many folders hold other JSON too
+
     def __init__(self, options: JsonOptions, limits: ImageLimits = ImageLimits()):
-        paths = find_files(options.path, ".jsonl")
-        super().__init__(options, limits, os.path.dirname(paths[0]))
+        paths = find_files(options.path, *self.suffixes)
+        super().__init__(options, limits)
         self._files = [DataFile(path) for path in paths]
         self._rows = [stored_index(file, "rows", 3, find_rows) for file in self._files]
         self._ends = list(itertools.accumulate(map(len, self._rows)))
@@ -43,6 +45,9 @@ class JsonFiles(RowSource):
         """The file, and the row's line or its number in the array, from 1."""
         file, row = self._place(index)
         return f"{self._files[file].path}:{self._rows[file][row, 2]}"
+
+    def _folder(self, index: int) -> str:
+        return os.path.dirname(self._files[self._place(index)[0]].path)
 
     def _place(self, index: int) -> tuple[int, int]:
         """The file, and the row in it."""

@@ -37,9 +37,11 @@ class Parquet(RowSource):
       SourceError: no file, one that is not parquet, or one without a column of conversations.
     """
 
+    suffixes = (".parquet",)
+
     def __init__(self, options: ParquetOptions, limits: ImageLimits = ImageLimits()):
-        self._paths = find_files(options.path, ".parquet")
-        super().__init__(options, limits, os.path.dirname(self._paths[0]))
+        self._paths = find_files(options.path, *self.suffixes)
+        super().__init__(options, limits)
         self._footers = [_footer(path) for path in self._paths]
         groups = [
             (file, group, footer.row_group(group).num_rows)
@@ -62,6 +64,9 @@ class Parquet(RowSource):
         file = self._groups[group, 0]
         before = self._groups[:group][self._groups[:group, 0] == file, 2].sum()
         return f"{self._paths[file]}:{before + row + 1}"
+
+    def _folder(self, index: int) -> str:
+        return os.path.dirname(self._paths[self._groups[self._place(index)[0], 0]])
 
     def _place(self, index: int) -> tuple[int, int]:
         """The row group, counted over all files, and the row in it."""

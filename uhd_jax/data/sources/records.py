@@ -46,7 +46,9 @@ class Records:
         name: str = "records",
     ):
         self._limits, self._folder, self._name = limits, folder, name
-        self._root: ImageRoot | None = None  # of a file of records, which is not trusted with other places
+        # Of a file of records: it is not trusted with other places, and worker processes get its path alone.
+        self._root: ImageRoot | None = None
+        self._opened_as: tuple[str | Path, ImageLimits, str | Path] | None = None
         self._numbers: list[int] = []
         self._messages: list[tuple[Message, ...]] = []
         self._images: list[list[Any]] = []
@@ -64,12 +66,15 @@ class Records:
             and field.
         """
         source = cls((), limits, name=str(path))
-        source._root = ImageRoot(image_root or Path(path).parent)
+        source._root, source._opened_as = ImageRoot(image_root or Path(path).parent), (path, limits, image_root)
         for number, record in _read_lines(path):
             source._add(number, record)
         if not len(source):
             raise SourceError(f"{path}: holds no record; write one JSON object per line")
         return source
+
+    def __reduce__(self):
+        return (type(self).from_jsonl, self._opened_as) if self._opened_as else super().__reduce__()
 
     def _add(self, number: int, record: Any) -> None:
         try:

@@ -28,15 +28,17 @@ class FileOptions:
     """Options of the sources that read rows from files (`DataConfig.options`)."""
 
     path: str  # a file; or a folder or a pattern, whose files are read in the order of their names
-    image_root: str = ""  # folder that paths of images are relative to; empty: the folder of the file
+    image_root: str = ""  # folder that paths of images are relative to; empty: of each file its own folder
 
 
 class RowSource(abc.ABC):
     """Samples from rows of files: pickled by its options, opened anew by whoever unpickles it."""
 
-    def __init__(self, options: FileOptions, limits: ImageLimits, folder: str = ""):
+    suffixes: tuple[str, ...] = ()  # of its files in a folder; see `find_files`
+
+    def __init__(self, options: FileOptions, limits: ImageLimits):
         self._options, self._limits = options, limits
-        self._root = ImageRoot(options.image_root or folder)
+        self._roots: dict[str, ImageRoot] = {}  # by folder
         self._local = threading.local()
         self._planned: OrderedDict[int, list[str]] = OrderedDict()  # files of samples whose sizes were asked for
 
@@ -54,6 +56,10 @@ class RowSource(abc.ABC):
     @abc.abstractmethod
     def where(self, index: int) -> str:
         """The file and the row in it, from 1."""
+
+    def _folder(self, index: int) -> str:
+        """The folder of the file that a row stands in; sources whose images are never paths have none."""
+        return ""
 
     def sizes(self, index: int) -> list[Size]:
         """Sizes from the headers of the images."""
@@ -105,7 +111,15 @@ class RowSource(abc.ABC):
         opened = []
         for number, image in enumerate(self._sample(index)[1]):
             try:
-                opened.append(self._root.open(image, self._limits.max_bytes) if isinstance(image, str) else image)
+                if isinstance(image, str):
+                    image = self._root(index).open(image, self._limits.max_bytes)
+                opened.append(image)
             except ImageRefused as error:
                 raise ImageRefused(f"image {number + 1}: {error}") from None
         return opened
+
+    def _root(self, index: int) -> ImageRoot:
+        folder = self._options.image_root or self._folder(index)
+        if folder not in self._roots:
+            self._roots[folder] = ImageRoot(folder)
+        return self._roots[folder]

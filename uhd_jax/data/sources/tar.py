@@ -16,6 +16,7 @@ import numpy as np
 
 from uhd_jax.config import ImageLimits
 from uhd_jax.data.images import SUFFIXES
+from uhd_jax.data.sources.conversation import TURNS
 from uhd_jax.data.sources.files import CHUNK, DataFile, find_files
 from uhd_jax.data.sources.protocol import SourceError
 from uhd_jax.data.sources.rows import FileOptions, RowSource
@@ -32,7 +33,7 @@ class TarOptions:
     """Options of the source "tar"."""
 
     path: str  # a shard; or a folder or a pattern, whose shards are read in the order of their names
-    question: str = ""  # what the user asks where a sample has a caption (`key.txt`) instead of a conversation
+    question: str = ""  # what the user asks where a sample has a caption instead of a conversation
 
 
 class TarShards(RowSource):
@@ -40,14 +41,17 @@ class TarShards(RowSource):
 
     A sample is the members whose names are alike up to the first dot of the file's name. `key.json` is a record in a
     form of `conversation`; its images are the members of the sample in the order in which they stand there, whatever it
-    lists itself. `key.txt` is a caption.
+    lists itself. `key.txt` is a caption; so is the field `caption` of a `key.json` that holds no conversation, as
+    img2dataset writes both of them beside each other: then `key.txt` is the one that is taken.
 
     Raises:
       SourceError: no shard, one that is compressed, or one whose headers are damaged.
     """
 
+    suffixes = (".tar",)
+
     def __init__(self, options: TarOptions, limits: ImageLimits = ImageLimits()):
-        paths = find_files(options.path, ".tar")
+        paths = find_files(options.path, *self.suffixes)
         super().__init__(FileOptions(options.path), limits)
         self._options = options
         self._shards = [DataFile(path) for path in paths]
@@ -82,17 +86,23 @@ class TarShards(RowSource):
                 f"an image of {large[0]} bytes, more than max_bytes={self._limits.max_bytes}; leave it out"
             )
         images = [self._shards[shard].read(*place) for place in found[_IMAGE]]
-        if len(found[_JSON]) + len(found[_TEXT]) != 1:
+        if not found[_JSON] + found[_TEXT] or max(len(found[_JSON]), len(found[_TEXT])) > 1:
             raise SourceError(f"{len(found[_JSON])} members .json and {len(found[_TEXT])} .txt; a sample needs one")
-        (place,) = found[_JSON] or found[_TEXT]
         try:
-            text = self._shards[shard].read(*place).decode("utf-8-sig")
-            record = json.loads(text) if found[_JSON] else _captioned(text, self._options.question)
+            texts = {kind: self._text(shard, *found[kind]) for kind in (_JSON, _TEXT) if found[kind]}
+            record = json.loads(texts[_JSON]) if _JSON in texts else {}
         except (ValueError, RecursionError) as error:
             raise SourceError(f"its text is not UTF-8 or not JSON ({error})") from None
         if not isinstance(record, dict):
             raise SourceError("record: expected an object")
+        if not any(record.get(key) for key in TURNS):
+            caption = texts.get(_TEXT, record.get("caption"))
+            if isinstance(caption, str):
+                record = record | _captioned(caption, self._options.question)
         return {name: value for name, value in record.items() if name not in ("image", "images")} | {"images": images}
+
+    def _text(self, shard: int, place: tuple[int, int]) -> str:
+        return self._shards[shard].read(*place).decode("utf-8-sig")
 
 
 def _captioned(caption: str, question: str) -> dict[str, Any]:
