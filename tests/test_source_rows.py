@@ -48,6 +48,7 @@ def test_null_in_the_place_of_images_is_as_good_as_left_out():
     assert parse(human("x", image=None, images=None)) == parse(human("x"))
     assert parse(human("<image>x", image=None, images=["a.png"])) == parse(human("<image>x", images=["a.png"]))
     assert parse(human("<image>x", image="a.png", images=None)) == parse(human("<image>x", image="a.png"))
+    assert parse(human("<image>x", image="a.png", images=["a.png"])) == parse(human("<image>x", image="a.png"))
 
 
 def test_a_mark_in_an_answer_or_a_system_prompt_is_text():
@@ -78,6 +79,7 @@ def test_a_mark_in_an_answer_or_a_system_prompt_is_text():
         (human("x", image={"": "a"}), "image: '' is no mark like '<image_00>'"),
         (human("<image> a", image={"a": "a.png"}), "image: 'a' is no mark like '<image_00>'"),
         (human("<image>", image=None), "images: 0 listed, but 1 marks"),
+        (human("<image>", image="a.png", images=["b.png"]), "image, images: both name images, and not the same"),
         (human("x", image=[None]), "image[0]: expected a path, got null"),
         (human("x", image=3), "image: expected a path, got a number"),
         (human("x", image={"bytes": None, "path": None}), "image: expected bytes or a path, got null"),

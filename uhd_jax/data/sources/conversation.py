@@ -81,6 +81,9 @@ def _images(record: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
     value = record.get(key)
     if _left_out(value):
         return [], ()
+    others = record.get("images")
+    if key == "image" and not _left_out(others) and others not in (value, [value]):
+        raise SourceError("image, images: both name images, and not the same ones; leave one of the two empty")
     if isinstance(value, Mapping) and not _is_file(value):
         for name in value:
             if not (isinstance(name, str) and re.fullmatch("<.+>", name)):  # in a text, "a" is everywhere
