@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from uhd_jax.analysis.aot_ceiling import project
-from uhd_jax.analysis.aot_report import verdict
+from uhd_jax.analysis.aot_report import mesh_text, verdict
 from uhd_jax.analysis.aot_targets import CHIPS, GIB, parse_target
 from uhd_jax.analysis.pods_recipes import PROJECTED, RECIPES
 
@@ -62,13 +62,15 @@ Choices that all share: float32 state split over `fsdp` alone, which is the whol
 
 ## Projection: v4 stage 4 on more chips
 
-**A projection, not a measurement**, of one row per device on 64, 256 and 1,024 devices, from the programs above.
-Parameters are split over a group of devices with fast links (a pod of v5e or v6e has 256, v5p up to 6,144, a GPU host
-8) and copied over groups (`mesh.dcn_data`). With m devices in a group, s groups, B the bytes over the links as compiled
-for n devices, P the trained parameters:
+**A projection, not a measurement**, of 64, 256 and 1,024 devices from the programs above, each device with the rows
+that it has there: one, on an 8xh100 eight one after the other. Parameters are split over devices with fast links (a
+pod of v5e or v6e has 256, v5p up to 6,144, a GPU host 8), 128 at most, as SigLIP 2's width of 2^7 x 9 allows
+(`mesh.fsdp`), and copied over the rest of these (`mesh.data`) and over groups of them (`mesh.dcn_data`). With m
+devices that split, d copies in a group, s groups, B the bytes over the links as compiled for n devices, P the trained
+parameters:
 
     compute  = FLOPs with remat / peak              memory  = as compiled / memory speed
-    links    = B (m - 1) / m / ((n - 1) / n) / link speed
+    links    = (B (m - 1) / m / ((n - 1) / n) + 2 (d - 1) / d * 4 P / m) / link speed
     network  = 2 (s - 1) / s * 4 P / m / network speed
     utilisation = FLOPs / peak / (sum or largest of the four)
 
@@ -151,7 +153,7 @@ def _row(topology: str, report: Mapping[str, Any]) -> tuple[str, ...]:
 def _projection(reports: Mapping[str, Mapping[str, Any]]) -> str:
     title, counts = PROJECTED
     recipe = next(recipe for recipe in RECIPES if recipe.title == title)
-    rows = [("compiled for", "devices", "groups", "compute s", "memory s", "links s", "network s", "utilisation")]
+    rows = [("compiled for", "devices", "mesh", "compute s", "memory s", "links s", "network s", "utilisation")]
     for topology in recipe.machines:
         report = reports.get(recipe.file(topology))
         if report is None or not report["seconds"]:
@@ -163,7 +165,7 @@ def _projection(reports: Mapping[str, Mapping[str, Any]]) -> str:
                 (
                     topology,
                     str(count),
-                    str(projected["groups"]),
+                    mesh_text(projected["mesh"]),
                     *(f"{times[name]:.3f}" for name in ("compute", "memory", "links", "network")),
                     f"{best['one_after_another']:.0%} to {best['overlapped']:.0%}",
                 )
