@@ -33,6 +33,10 @@ DRY_RUNS = {
         *("gke", "--name=uhd", "--image=registry/uhd:1", "--claim=data", "--accelerator=tpu-v5p-slice"),
         *("--topology=4x4x4", "--slices=2", "--queue=train", "--spot", "--restarts=9", *SHARED),
     ),
+    "gke_tpu7x.yaml": (
+        *("gke", "--name=uhd", "--image=registry/uhd:1", "--claim=data", "--accelerator=tpu7x", "--topology=2x2x2"),
+        *SHARED,
+    ),
     "gpu_host.txt": ("gpu_host", "--gpus", "0,1", *DEMO),
     "local.txt": ("local", "--processes=4", "--devices-each=2", *DEMO),
     "slurm.sh": ("slurm", *DEMO),
@@ -109,12 +113,15 @@ def container(name):
     return job["replicas"], spec, spec["template"]["spec"]["containers"][0]
 
 
-@pytest.mark.parametrize(("name", "slices", "nodes", "chips"), [("gke.yaml", 1, 4, 4), ("gke_slices.yaml", 2, 16, 4)])
-def test_jobsets_are_yaml_with_a_pod_for_every_node(tmp_path, name, slices, nodes, chips):
+@pytest.mark.parametrize(
+    ("name", "slices", "nodes", "cores"),
+    [("gke.yaml", 1, 4, 1), ("gke_slices.yaml", 2, 16, 1), ("gke_tpu7x.yaml", 1, 2, 2)],
+)
+def test_jobsets_are_yaml_with_a_pod_for_every_node(tmp_path, name, slices, nodes, cores):
     replicas, spec, train = container(name)
     assert (replicas, spec["parallelism"], spec["completions"]) == (slices, nodes, nodes)
-    assert train["resources"]["limits"] == {"google.com/tpu": chips}
-    assert f"--processes={slices * nodes} --devices={slices * nodes * chips}" in train["command"][2]
+    assert train["resources"]["limits"] == {"google.com/tpu": 4}
+    assert f"--processes={slices * nodes} --devices={slices * nodes * 4 * cores}" in train["command"][2]
     script = tmp_path / "command.sh"
     script.write_text("#!/usr/bin/env bash\n" + train["command"][2])
     test_shell_is_linted(script)

@@ -14,7 +14,7 @@ usage: launch/tpu_vm/run.sh --name NAME --zone ZONE --type TYPE --version IMAGE 
   --project P        (default: gcloud's)
   --spot             cheaper, and preempted at any time
   --setup COMMAND    run on every worker of a new VM, e.g. to mount the storage that holds the workdir
-  --chips N          what the workers must see together; fewer is an error
+  --chips N          devices that the workers must see together, others are an error; a chip of tpu7x is two
   --attempts N       starts without a new checkpoint between them before giving up (default 5)
   --delete           the VM when training is done
   --dry-run          show the commands of one round, run nothing
