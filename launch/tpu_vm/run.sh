@@ -84,7 +84,7 @@ installed() {
   "${TPU[@]}" ssh "${WHERE[@]}" --worker=all --command="test \"\$(cat uhd_jax/commit)\" = $COMMIT" 2>/dev/null
 }
 
-TRAINING="$(quoted env "JAX_COMPILATION_CACHE_DIR=$WORKDIR/programs" .venv/bin/uhd-jax train "${TRAIN[@]}" ${CHIPS:+"--devices=$CHIPS"})"
+TRAINING="$(quoted env "JAX_COMPILATION_CACHE_DIR=$WORKDIR/programs" .venv/bin/uhd-jax train "$RESTART_HUNG" "${TRAIN[@]}" ${CHIPS:+"--devices=$CHIPS"})"
 START="cd uhd_jax; $END_OLD; echo \$\$ >train.pid; exec $TRAINING"
 # shellcheck disable=SC2016
 STOP='kill -TERM "$(cat uhd_jax/train.pid)"'
