@@ -41,7 +41,7 @@ def test_what_is_missing_comes_in_order_of_importance(tmp_path):
 
 def test_the_page_says_what_was_compiled_and_what_was_not():
     text = page({FIRST.file("v5e:8x8"): REPORT})
-    row = next(line for line in text.splitlines() if line.startswith("| v5e:8x8 | 64 x 1"))
+    row = next(line for line in text.splitlines() if line.startswith("| v5e:8x8 | fsdp=64 | 64 x 1"))
     for part in ("4900, 54 x 1152", "fits: 12.00 of 15.75 GiB", "63.0 GB", "197.0", "40% to 79%", "200 s"):
         assert part in row
     assert "Not compiled: v5p:4x4x4, v6e:8x8, 8xh100." in text

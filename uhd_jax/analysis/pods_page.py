@@ -34,7 +34,8 @@ uhd-jax compile --config=configs/uhd_v1.py --stage=stage2 --topology=8xh100 \\
   `uhd-jax data plan`.
 - **Over the wire** is what leaves each device in a step, read from the compiled program: of n devices that take part,
   (n - 1) / n of the bytes gathered or scattered, twice that of those summed everywhere. Collectives in loops count as
-  often as the loop runs. `--json` has them by kind. Where the cell and the ceiling's are empty, they were not read.
+  often as the loop runs. `--json` has them by kind. A step that a compiler refuses has no
+  program to read: its cells are empty.
 - **TFLOPs** per device and step are those of the model ([cost.md](cost.md)), with every slot a view and every row one
   sample; the compiler's own count passes a loop's body once and is not used.
 - **Ceiling**: useful FLOPs over peak FLOP/s, at most. The least time of each resource is work over its published speed:
@@ -110,6 +111,7 @@ def _recipes(reports: Mapping[str, Mapping[str, Any]]) -> str:
         rows = [
             (
                 "machine",
+                "mesh",
                 "rows x micro-batches",
                 "tokens, views x patches",
                 "remat (tower, decoder)",
@@ -139,6 +141,7 @@ def _row(topology: str, report: Mapping[str, Any]) -> tuple[str, ...]:
     wire = sum(sums["wire_bytes"] for sums in report["collectives"].values())
     return (
         topology,
+        mesh_text(report["mesh"]),
         f"{report['rows'] // report['accumulation']} x {report['accumulation']}",
         f"{bucket['tokens']}, {bucket['slots']} x {bucket['patches']}",
         f"{report['tower_remat']}, {report['decoder_remat']}",
