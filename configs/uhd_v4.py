@@ -16,8 +16,9 @@ the colon stand options, joined by commas:
   rows=N                  packed rows of one step over all devices (default 64); one per device is the published layout
   step_scale=X            multiplies steps and warm-up: the scripts' way from 4M samples (1) to 64M (16)
 
-For 64 accelerators with 80 GB or more (8.8 billion parameters, 140 GB of float32 state over all devices when everything
-is trained, and a row of up to 10,240 tokens with its views on each); other numbers with rows=N and --config.train.mesh.
+For 64 accelerators (8.8 billion parameters, 105 GB of float32 parameters and moments over all devices when everything
+is trained, 35 GB of gradients beside them in a step, and a row of up to 10,240 tokens with its views on each;
+docs/pods.md says what fits where); other numbers with rows=N and --config.train.mesh.
 The paper's models trained on 8M samples of its own, unreleased data average 70.7 over its eight benchmarks. This file
 has not been run at full size.
 """

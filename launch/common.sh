@@ -82,6 +82,9 @@ ensure_installed() {
 
 # --- shared by the launchers in the folders beside this file --------------------------------------------------------
 DRY_RUN=0
+# For launchers that start a run again: nobody else ends a process that hangs. Goes before the arguments, which win.
+# shellcheck disable=SC2034
+RESTART_HUNG=--config.train.hang_exits=True
 
 # Words as they could be typed.
 quoted() {

@@ -92,6 +92,26 @@ def until_step(workdir, step, children):
         time.sleep(0.02)
 
 
+def seconds_between_ends(children):
+    """How long the last process lives after the first one's end."""
+    ends, started = {}, time.monotonic()
+    while len(ends) < len(children):
+        assert time.monotonic() < started + 600, ends
+        ends |= {child: time.monotonic() for child in children if child not in ends and child.poll() is not None}
+        time.sleep(0.02)
+    return max(ends.values()) - min(ends.values())
+
+
+def seconds_to_step(workdir, step, children):
+    """From now to the record of a step, in a log that goes on from an earlier step than it held."""
+    path, started = workdir / "metrics.jsonl", time.monotonic()
+    before = path.stat().st_mtime_ns
+    while path.stat().st_mtime_ns == before or len(path.read_text().splitlines()) < step:
+        assert all(child.poll() is None for child in children), ended(children)
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
 def saved(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
 

@@ -1,11 +1,13 @@
 """Compiling for machines that are not there: names, programs' text, tables; two small compiles where they can be."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import tiny
 from command_line import assert_one_line, call
@@ -16,7 +18,10 @@ from uhd_jax.analysis.aot_hlo import collectives_by_kind, count_calls, read_coll
 from uhd_jax.analysis.aot_targets import CHIPS, GIB, AotError, missing_compiler, parse_target
 from uhd_jax.batch import Bucket
 from uhd_jax.config import BucketConfig, from_config_dict
+from uhd_jax.config.presets import SIGLIP2_SO400M
 from uhd_jax.cost.peak import PEAK_FLOPS
+from uhd_jax.sharding.mesh import AXES, ShardingError
+from uhd_jax.sharding.rules import param_spec
 
 # Pieces of compiled programs as the two compilers write them. That for TPUs has eight devices, a loop of 36 turns whose
 # condition holds the count, a gather in it that runs beside a product and is named twice for that, a reduce-scatter in
@@ -182,11 +187,23 @@ def test_projection_to_more_chips():
     same = aot_ceiling.project(REPORT, target, 64)
     assert same["utilisation"]["overlapped"] == pytest.approx(197 / 250)
     assert same["seconds"] == pytest.approx(REPORT["seconds"])
-    more = aot_ceiling.project(REPORT, target, 1024)  # four pods
-    assert more["groups"] == 4
-    assert more["seconds"]["links"] == pytest.approx(63 / 200 * (255 / 256) / (63 / 64))
-    assert more["seconds"]["network"] == pytest.approx(2 * 3 / 4 * 4 * 8_753_160_624 / 256 / 3.125e9)
+    more = aot_ceiling.project(REPORT, target, 1024)  # four pods, in each of which all is there twice
+    assert more["mesh"] == {"dcn_data": 4, "data": 2, "fsdp": 128}
+    gradients = 4 * 8_753_160_624 / 128
+    wire = 63e9 * (127 / 128) / (63 / 64) + 2 * 1 / 2 * gradients
+    assert more["seconds"]["links"] == pytest.approx(wire / 200e9)
+    assert more["seconds"]["network"] == pytest.approx(2 * 3 / 4 * gradients / 3.125e9)
     assert more["utilisation"]["one_after_another"] < same["utilisation"]["one_after_another"]
+    assert aot_ceiling.project(REPORT, parse_target("v5p:4x4x4"), 1024)["mesh"]["data"] == 8
+    assert aot_ceiling.project(REPORT, parse_target("8xh100"), 64)["mesh"] == {"dcn_data": 8, "data": 1, "fsdp": 8}
+
+
+def test_projected_meshes_are_those_that_the_sharding_rules_take():
+    largest = aot_ceiling.LARGEST_SHARDS
+    for shards, refused in ((largest, contextlib.nullcontext()), (2 * largest, pytest.raises(ShardingError))):
+        mesh = jax.sharding.AbstractMesh((1, 1, shards, 1, 1), AXES)
+        with refused:
+            param_spec("tower/layers/mlp/fc1/kernel", (27, SIGLIP2_SO400M["width"], 4304), mesh)
 
 
 def test_chips_agree_with_the_peaks_of_training():

@@ -1,5 +1,6 @@
 """Attention: values and gradients against JAX's own; kernels against plain attention; which of them a program gets."""
 
+import contextlib
 import functools
 
 import jax
@@ -147,3 +148,17 @@ def test_what_cudnn_is_asked_for_is_plain_attention(causal, monkeypatch):
 def test_choice_follows_the_devices_of_the_mesh(implementation, platform, length, dtype, chosen):
     query = jax.ShapeDtypeStruct((1, length, 2, 128), dtype)
     assert attending.choose(implementation, platform, query, True) == chosen
+
+
+@pytest.mark.parametrize("mesh", [False, True], ids=["no mesh", "a mesh of CPUs"])
+def test_without_a_mesh_the_default_devices_choose(mesh, monkeypatch):
+    called = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(kernels, "splash", lambda query, *_, **options: called.append(options) or query)
+    one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    inputs, segments = _inputs(attending.SHORT)[:3], _packed(attending.SHORT)
+    with jax.sharding.use_abstract_mesh(one.abstract_mesh) if mesh else contextlib.nullcontext():
+        jax.eval_shape(
+            functools.partial(attending.self_attention, causal=True, implementation="auto"), *inputs, segments
+        )
+    assert called == ([] if mesh else [{"interpret": False, "causal": True}])

@@ -12,7 +12,7 @@ import tiny_assistant
 from command_line import assert_one_line, call
 
 from uhd_jax import cost
-from uhd_jax.analysis import bench_generation, bench_report, bench_step, bench_torch
+from uhd_jax.analysis import bench_data, bench_generation, bench_report, bench_step, bench_torch
 from uhd_jax.analysis.bench import FORWARD, TRAINING, case_of, full_batch, measure, parts_of, result, view_grid
 from uhd_jax.config import BucketConfig, DataConfig
 from uhd_jax.data.tokenizer import byte_tokenizer
@@ -157,6 +157,14 @@ def test_the_command(config_file, capsys):
         assert there["class"] == "MiniCPMV4_6Merger"
     text = bench_report.table(report)
     assert "utilisation: FLOPs of the model" in text and "MiniCPMV4_6Merger" in text
+
+
+def test_the_command_shows_the_pipeline(config_file, capsys, monkeypatch):
+    speed = bench_data.Speed(720, 1280, 9, 0.4, 5.0, 2.0, 10.0, 100.0, 0.7)
+    monkeypatch.setattr(bench_data, "measure", lambda repeats: [speed])
+    status, out, errors = call(capsys, "bench", f"--config={config_file}", "--parts=pipeline")
+    assert status == 0, errors
+    assert bench_data.table([speed]) in out and "720x1280" in out
 
 
 def test_unknown_parts_are_refused(config_file, capsys):

@@ -182,6 +182,23 @@ def test_full_disk_is_a_typed_error_and_the_previous_checkpoint_stays(tmp_path):
         load_model(tmp_path / "model")
 
 
+def test_another_process_that_is_gone_is_no_full_disk(tmp_path, monkeypatch):
+    checkpointer = Checkpointer(tmp_path)
+
+    def check():
+        try:
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection reset")
+        except jax.errors.JaxRuntimeError as error:  # as Orbax does
+            raise TimeoutError("Timed out while waiting for async_write_complete barrier.") from error
+
+    monkeypatch.setattr(checkpointer._manager, "check_for_errors", check)
+    with pytest.raises(CheckpointError, match="cannot write"):
+        checkpointer.check()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="connection reset"):
+        checkpointer.check()
+
+
 def test_model_round_trip_and_from_a_run(tmp_path):
     save_model(tmp_path / "model", PARAMS, tiny.MODEL)
     save_model(tmp_path / "model", jax.tree.map(lambda a: a + 1, PARAMS), tiny.MODEL)

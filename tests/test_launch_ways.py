@@ -33,6 +33,10 @@ DRY_RUNS = {
         *("gke", "--name=uhd", "--image=registry/uhd:1", "--claim=data", "--accelerator=tpu-v5p-slice"),
         *("--topology=4x4x4", "--slices=2", "--queue=train", "--spot", "--restarts=9", *SHARED),
     ),
+    "gke_tpu7x.yaml": (
+        *("gke", "--name=uhd", "--image=registry/uhd:1", "--claim=data", "--accelerator=tpu7x", "--topology=2x2x2"),
+        *SHARED,
+    ),
     "gpu_host.txt": ("gpu_host", "--gpus", "0,1", *DEMO),
     "local.txt": ("local", "--processes=4", "--devices-each=2", *DEMO),
     "slurm.sh": ("slurm", *DEMO),
@@ -109,12 +113,15 @@ def container(name):
     return job["replicas"], spec, spec["template"]["spec"]["containers"][0]
 
 
-@pytest.mark.parametrize(("name", "slices", "nodes", "chips"), [("gke.yaml", 1, 4, 4), ("gke_slices.yaml", 2, 16, 4)])
-def test_jobsets_are_yaml_with_a_pod_for_every_node(tmp_path, name, slices, nodes, chips):
+@pytest.mark.parametrize(
+    ("name", "slices", "nodes", "cores"),
+    [("gke.yaml", 1, 4, 1), ("gke_slices.yaml", 2, 16, 1), ("gke_tpu7x.yaml", 1, 2, 2)],
+)
+def test_jobsets_are_yaml_with_a_pod_for_every_node(tmp_path, name, slices, nodes, cores):
     replicas, spec, train = container(name)
     assert (replicas, spec["parallelism"], spec["completions"]) == (slices, nodes, nodes)
-    assert train["resources"]["limits"] == {"google.com/tpu": chips}
-    assert f"--processes={slices * nodes} --devices={slices * nodes * chips}" in train["command"][2]
+    assert train["resources"]["limits"] == {"google.com/tpu": 4}
+    assert f"--processes={slices * nodes} --devices={slices * nodes * 4 * cores}" in train["command"][2]
     script = tmp_path / "command.sh"
     script.write_text("#!/usr/bin/env bash\n" + train["command"][2])
     test_shell_is_linted(script)
@@ -328,12 +335,13 @@ def test_a_pod_ends_well_only_when_trained(programs, tmp_path):
 
 # The state of the VM is in a file; training ends at once, and at the first time by a preemption.
 GCLOUD = """
-case "$*" in
+all="$*"
+case "$all" in
   *" describe "*) cat state 2>/dev/null || exit 1 ;;
   *" create "*) echo READY >state ;;
-  *" delete "*) rm -f state installed ;;
-  *"touch installed"*) touch installed ;;
-  *"test -e uhd_jax/installed"*) test -e installed ;;
+  *" delete "*) rm -f state commit ;;
+  *"tar -xzf"*) if [ -e broken ]; then rm broken; exit 1; fi; echo "${all##*echo }" | cut -d" " -f1 >commit ;;
+  *"cat uhd_jax/commit"*) test "${all##* = }" = "$(cat commit)" ;;
   *"uhd-jax train"*) if [ -e once ]; then touch trained; else touch once; echo PREEMPTED >state; exit 255; fi ;;
   *trained.json*) test -e trained ;;
 esac
@@ -350,6 +358,21 @@ def test_a_preempted_pod_is_made_again(programs):
     trained = [call for call in programs.calls() if "uhd-jax train" in call]
     assert len(trained) == 2 and all("--worker=all" in call for call in trained)
     assert "trained: /data/runs/v4" in ended.stdout
+
+
+def test_a_pod_with_another_commit_gets_this_one_and_an_installation_that_fails_is_repeated(programs):
+    programs("gcloud", GCLOUD)
+    programs("sleep", "")
+    for name, text in {"state": "READY", "commit": "0" * 40, "broken": "", "once": ""}.items():
+        Path(name).write_text(text)
+    argv = ("tpu_vm", *POD, *SHARED)
+    assert launch(*argv).returncode == 0
+    assert Path("commit").read_text() == subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True)
+    tried = [call for call in programs.calls() if "tar -xzf" in call]
+    assert len(tried) == 2 and all("--worker=all" in call for call in tried)
+    assert len([call for call in programs.calls() if "uhd-jax train" in call]) == 1
+    assert launch(*argv).returncode == 0  # all is there already
+    assert len([call for call in programs.calls() if "tar -xzf" in call]) == 2
 
 
 def test_a_pod_that_never_saves_is_given_up(programs):

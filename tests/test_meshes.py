@@ -46,13 +46,13 @@ MODELS = {
 }
 # Stages that train other parts than those before them.
 STAGES = ("uhd_v4:stage1", "uhd_v4:stage2", "uhd_v1:stage1", "uhd_v1:stage2", "uhd_v2_vdim:vdim", "uhd_v2:stage1")
-STAGES += ("uhd_v2:stage2",)
+STAGES += ("uhd_v2:stage2", "uhd_v4:stage3")
 CHOSEN = [
     ("uhd_v4:stage1", "fsdp 8"),
     ("uhd_v4:stage2", "dcn 2, data 2, fsdp 2"),
     ("uhd_v2:stage2", "data 2, fsdp 2, tensor 2"),
     ("uhd_v1:stage2", "fsdp 2, sequence 2, tensor 2"),
-    ("uhd_v4:stage2", "sequence 2, tensor 4"),
+    ("uhd_v4:stage3", "sequence 2, tensor 4"),
 ]
 ALL = [(stage, mesh) for stage in STAGES for mesh in MESHES]
 

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -266,7 +267,8 @@ def test_as_many_processes_as_you_like_have_the_losses_of_one(together, tmp_path
 def test_a_signal_to_one_or_all_saves_the_same_step_and_one_process_goes_on(
     together, capsys, monkeypatch, tmp_path, of
 ):
-    workdir, config = tmp_path / "run", write(tmp_path / "config.py")
+    workdir = tmp_path / "run"
+    config = write(tmp_path / "config.py", 'stages=(dict(stage, schedule="constant"),)')
     children = together(workdir, config, 2, argv=ENDLESS, before=QUICK + SLOW)
     until_step(workdir, 2, children)
     for number in of:
@@ -279,20 +281,44 @@ def test_a_signal_to_one_or_all_saves_the_same_step_and_one_process_goes_on(
     if len(of) == 1:
         monkeypatch.setattr(uhd, "loss_sums", tiny.quick_loss_sums)
         last = f"--config.train.stages[0].steps={step + 2}"
-        assert call(capsys, "train", f"--config={config}", f"--workdir={workdir}", *OPTIONS, last)[0] == 0
+        for folder in (workdir, tmp_path / "uninterrupted"):
+            assert call(capsys, "train", f"--config={config}", f"--workdir={folder}", *OPTIONS, last)[0] == 0
         assert [record["step"] for record in records(workdir)] == list(range(1, step + 3))
+        for ours, theirs in zip(curve(workdir), curve(tmp_path / "uninterrupted"), strict=True):
+            assert ours[:2] == theirs[:2] and ours[2:] == pytest.approx(theirs[2:], rel=1e-5)
 
 
-def test_one_is_killed_and_the_other_ends(together, tmp_path):
-    """The other way round, and how both go on: test_survival.py."""
+# Process 1 gets no data any more once all is compiled, and soon notices it.
+HANGS = """
+from uhd_jax.training.watchdog import Watchdog
+alive, hanging = Watchdog.alive, False
+def hasty(self, doing):
+    global hanging
+    hanging = process == 1 and doing == "step 8 waits for its data"
+    self._seconds = 3 if hanging else self._seconds
+    alive(self, doing)
+def stuck(self):
+    time.sleep(1000 if hanging else 0)
+    return slowly(self)
+Watchdog.alive, StageBatches.__next__ = hasty, stuck
+"""
+
+
+def test_one_hangs_and_ends_and_then_the_other_ends(together, tmp_path):
+    """What is killed by others, and how both go on: test_survival.py."""
     workdir, config = tmp_path / "run", write(tmp_path / "config.py")
-    children = together(workdir, config, 2, argv=ENDLESS, before=QUICK + SLOW)
-    until_step(workdir, 4, children)
-    children[1].kill()
+    argv = [*ENDLESS, "--config.train.hang_exits=True"]
+    children = together(workdir, config, 2, argv=argv, before=QUICK + SLOW + HANGS)
+    assert children[1].wait(timeout=600) == 1
+    alone = time.monotonic()
     (status,), (shown,) = ended(children[:1], seconds=90)  # heartbeat, and what a loaded machine adds
+    print(f"\nfrom the end of one process to that of the other: {time.monotonic() - alone:.1f} s")
     assert status not in (0, None), shown
     assert "cannot go on, most likely because another one ended" in shown or "another task died" in shown, shown
     assert saved(workdir)[-1] >= 3
+    _, (shown,) = ended(children[1:])
+    assert re.search(r"process 1 hangs: .* since step 8 waits for its data; .* It ends now", shown), shown
+    assert "in stuck" in (workdir / "stacks-process-1.txt").read_text()
 
 
 def test_processes_that_do_not_come_are_named(together, tmp_path):

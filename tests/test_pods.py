@@ -41,12 +41,16 @@ def test_what_is_missing_comes_in_order_of_importance(tmp_path):
 
 def test_the_page_says_what_was_compiled_and_what_was_not():
     text = page({FIRST.file("v5e:8x8"): REPORT})
-    row = next(line for line in text.splitlines() if line.startswith("| v5e:8x8 | 64 x 1"))
+    row = next(line for line in text.splitlines() if line.startswith("| v5e:8x8 | fsdp=64 | 64 x 1"))
     for part in ("4900, 54 x 1152", "fits: 12.00 of 15.75 GiB", "63.0 GB", "197.0", "40% to 79%", "200 s"):
         assert part in row
     assert "Not compiled: v5p:4x4x4, v6e:8x8, 8xh100." in text
     projected = [line for line in text.splitlines() if line.startswith("| v5e:8x8 |")][1:]
-    assert [line.split(" | ")[1:3] for line in projected] == [["64", "1"], ["256", "1"], ["1024", "4"]]
+    assert [line.split(" | ")[1:3] for line in projected] == [
+        ["64", "fsdp=64"],
+        ["256", "data=2 x fsdp=128"],
+        ["1024", "dcn_data=4 x data=2 x fsdp=128"],
+    ]
 
 
 def test_the_page_in_docs_is_up_to_date():

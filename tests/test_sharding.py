@@ -49,48 +49,35 @@ ROOT = Path(__file__).parents[1]
 
 FULL = ModelConfig(DecoderConfig(151_936, 4096, 12_288, 36, 32, 8, 128, qk_norm=True))
 QWEN2 = dataclasses.replace(FULL, decoder=dataclasses.replace(FULL.decoder, qk_norm=False, qkv_bias=True))
-QWEN35 = dataclasses.replace(
-    FULL,
-    decoder=DecoderConfig(
-        vocab_size=248_094,
-        width=1024,
-        mlp_width=3584,
-        layers=24,
-        heads=8,
-        kv_heads=2,
-        head_dim=256,
-        qk_norm=True,
-        tied_head=True,
-        rotary_dim=64,
-        mrope_sections=(11, 11, 10),
-        gated_attention=True,
-        zero_centred_norm=True,
-        full_attention_interval=4,
-        delta_key_heads=16,
-        delta_value_heads=16,
-        delta_key_dim=128,
-        delta_value_dim=128,
-    ),
-)
 HIWIN = ModelConfig(
     DecoderConfig(**VICUNA_7B),
     TowerConfig(**CLIP_L_14_336),
     CompressorConfig("none"),
     ConnectorConfig("hiwin", pyramid=PyramidConfig(7)),
 )
-# Options that change what parameters there are; others change sizes, schedules or data.
+# Of every file the options that change what parameters there are; others change sizes, schedules or data.
 CONFIGS = {
-    "uhd_v1": ("", "7b,arxiv", "mlp"),
-    "uhd_v2": ("", "qwen2", "paper", "mask=15,pyramid=deconvolution", "pyramid=bilinear", "connector=perceiver"),
-    "uhd_v4": ("",),
+    "bench": (None,),  # takes none
     "demo": ("v1", "v2", "v4"),
+    "finetune": (),  # its model is that of a folder
+    "minicpm_v_4_6": ("",),
+    "records": ("data.jsonl",),
+    "uhd_v1": ("", "7b,arxiv", "mlp"),
+    "uhd_v2": ("", "13b", "qwen2", "paper", "mask=15,pyramid=deconvolution", "pyramid=bilinear", "connector=perceiver"),
+    "uhd_v2_vdim": ("", "13b,released"),
+    "uhd_v4": ("", "tower=moonvit", "encoding=global,compressor=none"),
 }
 CONFIGS["uhd_v2"] += ("connector=bilinear_mlp",)
+
+
+def model_of(file, argument=""):
+    get_config = runpy.run_path(str(ROOT / f"configs/{file}.py"))["get_config"]
+    return build(get_config() if argument is None else get_config(argument)).model
+
+
+QWEN35 = model_of("minicpm_v_4_6")
 MODELS = {
     "qwen2, tied": dataclasses.replace(QWEN2, decoder=dataclasses.replace(QWEN2.decoder, tied_head=True)),
-    "post-ViT": dataclasses.replace(FULL, compressor=CompressorConfig("none"), connector=ConnectorConfig(rounds=2)),
-    "qwen3.5": QWEN35,
-    "moonvit": tiny.KINDS["moonvit"],
 } | {kind: dataclasses.replace(FULL, compressor=CompressorConfig(kind)) for kind in COMPRESSORS if kind != "none"}
 
 
@@ -102,9 +89,8 @@ def abstract(model):
 def shapes():
     """Name of model -> shapes by path, the scaffolds of v2's pre-training with them."""
     models = dict(MODELS)
-    for file, arguments in CONFIGS.items():
-        get_config = runpy.run_path(str(ROOT / f"configs/{file}.py"))["get_config"]
-        models |= {f"{file}:{argument}": build(get_config(argument)).model for argument in arguments}
+    for path in (ROOT / "configs").glob("*.py"):
+        models |= {f"{path.stem}:{argument}": model_of(path.stem, argument) for argument in CONFIGS[path.stem]}
     trees = {name: abstract(model) for name, model in models.items()}
     for form in ("paper", "released"):
         scaffold = jax.eval_shape(functools.partial(vdim.init_scaffold, HIWIN, form), jax.random.key(0))

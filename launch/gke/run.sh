@@ -51,8 +51,10 @@ case "$WORKDIR" in /data/*) ;; *) die "--workdir=$WORKDIR is not below /data, wh
 SIZE=$((${TOPOLOGY//x/*}))
 [ $((SIZE % CHIPS)) = 0 ] || die "--topology $TOPOLOGY has $SIZE chips, which nodes of $CHIPS do not divide"
 NODES=$((SIZE / CHIPS))
+DEVICES=$((SLICES * SIZE))
+case "$ACCELERATOR" in tpu7x*) DEVICES=$((2 * DEVICES)) ;; esac # each core is a device
 
-COMMAND="$(quoted uhd-jax train "${TRAIN[@]}" "--processes=$((SLICES * NODES))" "--devices=$((SLICES * SIZE))")"
+COMMAND="$(quoted uhd-jax train "$RESTART_HUNG" "${TRAIN[@]}" "--processes=$((SLICES * NODES))" "--devices=$DEVICES")"
 [[ "$COMMAND" != *$'\n'* ]] || die "an argument of more than one line"
 CHECK="$(quoted test -e "$WORKDIR/trained.json")"
 
@@ -81,7 +83,8 @@ spec:
           template:
             spec:
               restartPolicy: Never
-              # From a notice of preemption or maintenance to the end: all pods save the same step.
+              # From a notice of preemption or maintenance to the end: all pods save the same step. Spot nodes get about
+              # 25 s of it at most; where that is too few, what is lost is as much as train.checkpoint_every allows.
               terminationGracePeriodSeconds: 300
               nodeSelector:
                 cloud.google.com/gke-tpu-accelerator: $ACCELERATOR

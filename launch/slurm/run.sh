@@ -63,7 +63,7 @@ export JAX_COMPILATION_CACHE_DIR=$(quoted "$WORKDIR/programs")
 saved() { ls $(quoted "$WORKDIR/checkpoints") 2>/dev/null; }
 before="\$(saved)" status=0
 srun --kill-on-bad-exit=1 --label \\
-  $(quoted "$PROGRAM" train "${TRAIN[@]}" "--processes=$TASKS" "--devices=$TASKS") || status=\$?
+  $(quoted "$PROGRAM" train "$RESTART_HUNG" "${TRAIN[@]}" "--processes=$TASKS" "--devices=$TASKS") || status=\$?
 if [ -e $(quoted "$WORKDIR/trained.json") ]; then
   exit 0
 fi

@@ -14,7 +14,7 @@ usage: launch/tpu_vm/run.sh --name NAME --zone ZONE --type TYPE --version IMAGE 
   --project P        (default: gcloud's)
   --spot             cheaper, and preempted at any time
   --setup COMMAND    run on every worker of a new VM, e.g. to mount the storage that holds the workdir
-  --chips N          what the workers must see together; fewer is an error
+  --chips N          devices that the workers must see together, others are an error; a chip of tpu7x is two
   --attempts N       starts without a new checkpoint between them before giving up (default 5)
   --delete           the VM when training is done
   --dry-run          show the commands of one round, run nothing
@@ -59,22 +59,32 @@ prepare() {
     install_there
 }
 
-install_there() {
-  local archive
-  archive="${TMPDIR:-/tmp}/uhd_jax-$NAME.tar.gz"
-  act git -C "$ROOT" archive --format=tar.gz --output="$archive" HEAD &&
-    act "${TPU[@]}" scp "$archive" "$NAME:uhd_jax.tar.gz" "${WHERE[@]:1}" --worker=all &&
-    { [ -z "$SETUP" ] || on_all "$SETUP"; } &&
-    on_all "mkdir -p uhd_jax && tar -xzf uhd_jax.tar.gz -C uhd_jax && cd uhd_jax \
-&& PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv && export PATH=~/.local/bin:\$PATH \
-&& { [ -x .venv/bin/python ] || uv venv --quiet --python 3.12 .venv; } \
-&& uv pip install --quiet --python .venv/bin/python --editable '.[tpu]' && touch installed"
-}
-
-TRAINING="$(quoted .venv/bin/uhd-jax train "${TRAIN[@]}" ${CHIPS:+"--devices=$CHIPS"})"
+# One commit for the whole of this run, also where a VM is made again after days.
+COMMIT=COMMIT
+[ "$DRY_RUN" = 1 ] || COMMIT="$(git -C "$ROOT" rev-parse HEAD)" || die "$ROOT is not a git repository"
 # shellcheck disable=SC2016  # expanded there
 # What an earlier connection left running holds the chips; it saves and ends first.
 END_OLD='if [ -e train.pid ] && kill -TERM "$(cat train.pid)"; then tail --pid="$(cat train.pid)" -f /dev/null; fi 2>/dev/null'
+
+# Each worker notes the commit once all of it is there; it is set up once.
+install_there() {
+  local archive
+  archive="${TMPDIR:-/tmp}/uhd_jax-$NAME.tar.gz"
+  act git -C "$ROOT" archive --format=tar.gz --output="$archive" "$COMMIT" &&
+    act "${TPU[@]}" scp "$archive" "$NAME:uhd_jax.tar.gz" "${WHERE[@]:1}" --worker=all &&
+    { [ -z "$SETUP" ] || on_all "[ -e set_up ] || { $SETUP; } && touch set_up"; } &&
+    on_all "mkdir -p uhd_jax && cd uhd_jax && $END_OLD && rm -rf commit uhd_jax && tar -xzf ../uhd_jax.tar.gz \
+&& PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv && export PATH=~/.local/bin:\$PATH \
+&& { [ -x .venv/bin/python ] || uv venv --quiet --python 3.12 .venv; } \
+&& uv pip install --quiet --python .venv/bin/python --editable '.[tpu]' && echo $COMMIT >commit"
+}
+
+# Whether all workers have this commit.
+installed() {
+  "${TPU[@]}" ssh "${WHERE[@]}" --worker=all --command="test \"\$(cat uhd_jax/commit)\" = $COMMIT" 2>/dev/null
+}
+
+TRAINING="$(quoted env "JAX_COMPILATION_CACHE_DIR=$WORKDIR/programs" .venv/bin/uhd-jax train "$RESTART_HUNG" "${TRAIN[@]}" ${CHIPS:+"--devices=$CHIPS"})"
 START="cd uhd_jax; $END_OLD; echo \$\$ >train.pid; exec $TRAINING"
 # shellcheck disable=SC2016
 STOP='kill -TERM "$(cat uhd_jax/train.pid)"'
@@ -108,7 +118,7 @@ while :; do
   STATE="$(state)"
   case "$STATE" in
     READY)
-      if { on_first 'test -e uhd_jax/installed' || install_there; } && on_all "$START"; then :; fi
+      if { installed || install_there; } && on_all "$START"; then :; fi
       if on_first "$DONE"; then break; fi
       ;;
     ABSENT) prepare || true ;;

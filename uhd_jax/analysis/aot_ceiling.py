@@ -19,6 +19,7 @@ from uhd_jax.training import vdim
 
 # Chips whose fast links reach each other: a pod of v5e or v6e, the largest job of v5p, a host of GPUs.
 LARGEST_GROUP = {"v5e": 256, "v6e": 256, "v5p": 6144, "tpu7x": 9216 * 2, "h100": 8, "h200": 8}
+LARGEST_SHARDS = 128  # fsdp at most: `sharding.rules.check_params` wants it to divide SigLIP 2's width of 2^7 x 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,20 +89,24 @@ def utilisation(useful: float, times: Mapping[str, float], chip: Chip) -> dict[s
 def project(report: Mapping[str, Any], target: Target, devices: int) -> dict[str, Any]:
     """A projection of a compiled step to another number of devices, each with as many rows as before.
 
-    Parameters are split over a group of devices with fast links and copied over groups: in the group, bytes over the
-    links grow as (m - 1) / m with its m devices; between s groups gradients are summed in float32, 2 (s - 1) / s times
-    those that a device holds.
+    Parameters are split over as many devices of a group with fast links as the sharding rules allow, and copied over
+    the rest of the group and over groups. Bytes over the links grow as (m - 1) / m with m shards; among d copies in a
+    group and between s groups gradients are summed in float32, which moves 2 (d - 1) / d and 2 (s - 1) / s times those
+    that a device holds.
     """
     chip, before = target.chip, report["devices"] // report["groups"]
     group = min(devices, LARGEST_GROUP[target.chip_name])
     groups = -(-devices // group)
+    shards = min(LARGEST_SHARDS, group & -group)  # a power of two that divides the group
+    copies = group // shards
+    gradients = 4 * report["trained_parameters"] / shards
     times = dict(report["seconds"])
-    times["links"] *= ((group - 1) / group) / ((before - 1) / before)
-    gradients = 4 * report["trained_parameters"] / group
+    times["links"] *= ((shards - 1) / shards) / ((before - 1) / before)
+    times["links"] += 2 * (copies - 1) / copies * gradients / chip.link_bandwidth
     times["network"] = 2 * (groups - 1) / groups * gradients / chip.network_bandwidth
     return {
         "devices": devices,
-        "groups": groups,
+        "mesh": {"dcn_data": groups, "data": copies, "fsdp": shards},
         "seconds": times,
         "utilisation": utilisation(report["flops_per_device"]["useful"], times, chip),
     }

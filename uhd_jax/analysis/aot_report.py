@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -77,12 +78,17 @@ def verdict(report: dict[str, Any]) -> str:
     return f"fits: {used}" if report["fits"] else f"does not fit by {(peak - room) / GIB:.2f} GiB: {used}"
 
 
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """The axes over which something is split, as they are set."""
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
+
+
 def table(report: dict[str, Any]) -> str:
     """The report as text."""
-    sizes = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
     bucket = report["bucket"]
     lines = [
-        f"{report['name']}, {report['stage']}, for {report['topology']}: {report['devices']} devices, mesh {sizes}",
+        f"{report['name']}, {report['stage']}, for {report['topology']}: {report['devices']} devices, mesh "
+        f"{mesh_text(report['mesh'])}",
         f"rows {report['rows']} in {report['accumulation']} micro-batches, each row {bucket['tokens']} tokens and "
         f"{bucket['slots']} views of {bucket['patches']} patches",
         f"remat: tower {report['tower_remat']}, decoder {report['decoder_remat']}; attention: {report['attention']}"

@@ -46,9 +46,7 @@ CHIPS: dict[str, Chip] = {
     "v5p": Chip("tpu", "TPU v5p", int(95.74 * GIB), 459e12, 2765e9, 600e9, 6.25e9, f"{_CLOUD}v5p"),
     "v6e": Chip("tpu", "TPU v6e", int(31.25 * GIB), 918e12, 1640e9, 400e9, 12.5e9, f"{_CLOUD}v6e"),
     "tpu7x": Chip("tpu", "TPU7x, one core", int(94.75 * GIB), 1153e12, 3690e9, 300e9, 6.25e9, f"{_CLOUD}tpu7x"),
-    "h100": Chip(
-        "cuda", "NVIDIA H100 80GB HBM3", int(0.9 * 84978434048), 989e12, 3352e9, 450e9, 50e9, f"{_NVIDIA}h100"
-    ),
+    "h100": Chip("cuda", "NVIDIA H100 80GB HBM3", int(0.9 * 84978434048), 989e12, 3352e9, 450e9, 50e9, _NVIDIA),
     "h200": Chip("cuda", "NVIDIA H200", int(0.9 * 150_754_820_096), 989e12, 4800e9, 450e9, 50e9, _NVIDIA),
 }
 

@@ -147,7 +147,8 @@ def table(report: dict[str, Any]) -> str:
                 f"{part['compile_seconds']:.1f}",
             )
         )
-    lines += aligned(rows)
+    if report["parts"]:
+        lines += aligned(rows)
     if report["against"]:
         rows = [("against", "pass", "class", "seconds", "times ours", "processor times ours")]
         for one in report["against"]:
@@ -163,6 +164,10 @@ def table(report: dict[str, Any]) -> str:
                 f"data alone: {data['batches_per_second']:.2f} batches/s, {data['images_per_second']:.1f} images/s; of "
                 f"{data['steps']} steps with it, {data['wait_share']:.1%} of the time waits for a batch",
             ]
+    if report["pipeline"]:
+        from uhd_jax.analysis import bench_data
+
+        lines += ["", bench_data.table([bench_data.Speed(**speed) for speed in report["pipeline"]])]
     if report["generation"]:
         lines += ["", *_generation(report["generation"])]
     lines += [

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from uhd_jax.analysis.aot_ceiling import project
-from uhd_jax.analysis.aot_report import verdict
+from uhd_jax.analysis.aot_report import mesh_text, verdict
 from uhd_jax.analysis.aot_targets import CHIPS, GIB, parse_target
 from uhd_jax.analysis.pods_recipes import PROJECTED, RECIPES
 
@@ -34,7 +34,8 @@ uhd-jax compile --config=configs/uhd_v1.py --stage=stage2 --topology=8xh100 \\
   `uhd-jax data plan`.
 - **Over the wire** is what leaves each device in a step, read from the compiled program: of n devices that take part,
   (n - 1) / n of the bytes gathered or scattered, twice that of those summed everywhere. Collectives in loops count as
-  often as the loop runs. `--json` has them by kind. Where the cell and the ceiling's are empty, they were not read.
+  often as the loop runs. `--json` has them by kind. A step that a compiler refuses has no
+  program to read: its cells are empty.
 - **TFLOPs** per device and step are those of the model ([cost.md](cost.md)), with every slot a view and every row one
   sample; the compiler's own count passes a loop's body once and is not used.
 - **Ceiling**: useful FLOPs over peak FLOP/s, at most. The least time of each resource is work over its published speed:
@@ -62,13 +63,15 @@ Choices that all share: float32 state split over `fsdp` alone, which is the whol
 
 ## Projection: v4 stage 4 on more chips
 
-**A projection, not a measurement**, of one row per device on 64, 256 and 1,024 devices, from the programs above.
-Parameters are split over a group of devices with fast links (a pod of v5e or v6e has 256, v5p up to 6,144, a GPU host
-8) and copied over groups (`mesh.dcn_data`). With m devices in a group, s groups, B the bytes over the links as compiled
-for n devices, P the trained parameters:
+**A projection, not a measurement**, of 64, 256 and 1,024 devices from the programs above, each device with the rows
+that it has there: one, on an 8xh100 eight one after the other. Parameters are split over devices with fast links (a
+pod of v5e or v6e has 256, v5p up to 6,144, a GPU host 8), 128 at most, as SigLIP 2's width of 2^7 x 9 allows
+(`mesh.fsdp`), and copied over the rest of these (`mesh.data`) and over groups of them (`mesh.dcn_data`). With m
+devices that split, d copies in a group, s groups, B the bytes over the links as compiled for n devices, P the trained
+parameters:
 
     compute  = FLOPs with remat / peak              memory  = as compiled / memory speed
-    links    = B (m - 1) / m / ((n - 1) / n) / link speed
+    links    = (B (m - 1) / m / ((n - 1) / n) + 2 (d - 1) / d * 4 P / m) / link speed
     network  = 2 (s - 1) / s * 4 P / m / network speed
     utilisation = FLOPs / peak / (sum or largest of the four)
 
@@ -108,6 +111,7 @@ def _recipes(reports: Mapping[str, Mapping[str, Any]]) -> str:
         rows = [
             (
                 "machine",
+                "mesh",
                 "rows x micro-batches",
                 "tokens, views x patches",
                 "remat (tower, decoder)",
@@ -137,6 +141,7 @@ def _row(topology: str, report: Mapping[str, Any]) -> tuple[str, ...]:
     wire = sum(sums["wire_bytes"] for sums in report["collectives"].values())
     return (
         topology,
+        mesh_text(report["mesh"]),
         f"{report['rows'] // report['accumulation']} x {report['accumulation']}",
         f"{bucket['tokens']}, {bucket['slots']} x {bucket['patches']}",
         f"{report['tower_remat']}, {report['decoder_remat']}",
@@ -151,7 +156,7 @@ def _row(topology: str, report: Mapping[str, Any]) -> tuple[str, ...]:
 def _projection(reports: Mapping[str, Mapping[str, Any]]) -> str:
     title, counts = PROJECTED
     recipe = next(recipe for recipe in RECIPES if recipe.title == title)
-    rows = [("compiled for", "devices", "groups", "compute s", "memory s", "links s", "network s", "utilisation")]
+    rows = [("compiled for", "devices", "mesh", "compute s", "memory s", "links s", "network s", "utilisation")]
     for topology in recipe.machines:
         report = reports.get(recipe.file(topology))
         if report is None or not report["seconds"]:
@@ -163,7 +168,7 @@ def _projection(reports: Mapping[str, Mapping[str, Any]]) -> str:
                 (
                     topology,
                     str(count),
-                    str(projected["groups"]),
+                    mesh_text(projected["mesh"]),
                     *(f"{times[name]:.3f}" for name in ("compute", "memory", "links", "network")),
                     f"{best['one_after_another']:.0%} to {best['overlapped']:.0%}",
                 )

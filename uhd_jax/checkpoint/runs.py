@@ -121,6 +121,7 @@ class Checkpointer:
 
         Raises:
           CheckpointError: this save, or the one before it, could not be written. Earlier checkpoints are intact.
+          JaxRuntimeError: another process cannot be reached.
         """
         with self._writing():
             self._manager.save(
@@ -134,7 +135,7 @@ class Checkpointer:
             )
 
     def check(self) -> None:
-        """Raises the CheckpointError of a save that has failed in the background, if one has; does not wait."""
+        """Raises the error of a save that has failed in the background, if one has, as `save`; does not wait."""
         with self._writing():
             self._manager.check_for_errors()
 
@@ -196,7 +197,16 @@ class Checkpointer:
             yield
         except Exception as error:
             self._failed = True
+            if lost := _of_jax(error):
+                raise lost from None
             raise CheckpointError(cannot_write(self.directory, error)) from error
+
+
+def _of_jax(error: BaseException | None) -> jax.errors.JaxRuntimeError | None:
+    """JAX's own error behind Orbax's: with several processes another one is gone, which is no matter of storage."""
+    while error and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__
+    return error if jax.process_count() > 1 else None
 
 
 def require_same_config(workdir: str | os.PathLike[str], saved: Mapping[str, Any], config: RunConfig) -> None:

@@ -22,7 +22,7 @@ def choose(implementation: str, platform: str | None, query: jax.Array, causal: 
 
     Args:
       implementation: of the configuration; "auto" leaves the choice here.
-      platform: of the devices that the program is compiled for, which need not be there; None where no mesh says so.
+      platform: of the devices that the program is compiled for, which need not be there; None: not known.
       query: its shape and dtype are looked at.
       causal: whether rows are packed.
     """
@@ -46,14 +46,14 @@ def self_attention(
     causal: bool,
     implementation: str,
 ) -> jax.Array:
-    """`ops.attention.attention` of a row with itself, by what suits the mesh in context.
+    """`ops.attention.attention` of a row with itself, by what suits the mesh in context, or the default devices.
 
     On a mesh it runs in a `shard_map`: every device has its rows whole, and of their heads a part (`_over_heads`).
     Inside of another one each device has its own rows already.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
-    platform = device.platform if device else None
+    platform = device.platform if device else jax.default_backend()  # one device's programs have no mesh
     chosen = choose(implementation, platform, query, causal) if segments is not None else "xla"
     run = {
         "xla": attention,

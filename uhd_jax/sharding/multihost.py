@@ -249,6 +249,15 @@ def all_agree(here: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.int32(here)).all())
 
 
+def as_first(numbers: Sequence[int]) -> list[int]:
+    """The numbers that the first process gives here, in every process. Each has to call it."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    own = np.resize(np.array(numbers, np.int32), length)  # all have to bring the same shape
+    return multihost_utils.broadcast_one_to_all(own).tolist() if length else []
+
+
 def wait_for_all() -> None:
     """Returns when every process has come here, and lets go of the connection; nothing for a process that is alone."""
     if not jax.distributed.is_initialized():

@@ -53,7 +53,8 @@ def resume(
       CheckpointError: not one of them can be read; the message is that of the newest.
     """
     damaged: dict[int, CheckpointError] = {}
-    for step in checkpointer.steps():
+    # One list for all: what a process sees of storage that has just been written may be old.
+    for step in multihost.as_first(checkpointer.steps()):
         problem = restored = None
         try:
             restored = _restore(checkpointer, step, workdir, config, target_of)

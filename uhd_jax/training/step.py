@@ -70,7 +70,8 @@ def make_train_step(
             def add(total, micro_batch):
                 return jax.tree.map(jnp.add, total, gradients(trainable, frozen, *micro_batch)), None
 
-            zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+            zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, trainable), gradient_shardings)
+            zero = (jnp.zeros(()), jnp.zeros(()), zeros)
             micro_batches = _micro_batches(batch, stage.accumulation, mesh)
             keys = jax.random.split(key, stage.accumulation)
             (loss_sum, weight_sum, grads), _ = jax.lax.scan(add, zero, (micro_batches, keys))

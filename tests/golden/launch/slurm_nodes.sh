@@ -17,7 +17,7 @@ export JAX_COMPILATION_CACHE_DIR=runs/demo/programs
 saved() { ls runs/demo/checkpoints 2>/dev/null; }
 before="$(saved)" status=0
 srun --kill-on-bad-exit=1 --label \
-  .venv/bin/uhd-jax train --config=configs/demo.py --workdir=runs/demo '--config.train.stages[0].steps=4' --processes=16 --devices=16 || status=$?
+  .venv/bin/uhd-jax train --config.train.hang_exits=True --config=configs/demo.py --workdir=runs/demo '--config.train.stages[0].steps=4' --processes=16 --devices=16 || status=$?
 if [ -e runs/demo/trained.json ]; then
   exit 0
 fi
