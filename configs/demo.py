@@ -12,7 +12,8 @@ After the colon stand options, joined by commas:
   layout=A, B     v1 and v2: order of the visual tokens; B is v2's spatially consistent one
   pyramid=none, bilinear, vdim   v2: how its second level is made
 
-v4 should reach 0.97 of the digits on held-out pages, where the control stays at chance; v1 0.92 and v2 0.83 to 0.91.
+v4 should reach 0.97 of the digits on held-out pages, where the control stays at chance; v1 0.92 and v2 0.81 to 0.91,
+whatever its options.
 
 The four stages follow the recipe's order (small images, then views, then sliced pages, then instructions), but every
 stage trains everything: the recipe's stage 1 can freeze tower and decoder because they come pre-trained, these do not.

@@ -24,8 +24,9 @@ from uhd_jax.sharding.mesh import AXES, ShardingError
 from uhd_jax.sharding.rules import param_spec
 
 # Pieces of compiled programs as the two compilers write them. That for TPUs has eight devices, a loop of 36 turns whose
-# condition holds the count, a gather in it that runs beside a product and is named twice for that, a reduce-scatter in
-# the form of TPUs, and a loop whose count the compiler notes.
+# condition holds the count, a gather in it that runs beside a product and is named twice for that, a kernel whose text
+# goes on over lines, another gather after it through the same channel, a reduce-scatter in the form of TPUs, and a loop
+# whose count the compiler notes.
 TPU, GPU = ((Path(__file__).parent / "hlo" / f"{name}.txt").read_text() for name in ("tpu", "gpu"))
 
 
@@ -72,7 +73,7 @@ def test_unknown_machines_are_refused(text, said):
 def test_collectives_of_a_program_for_tpus():
     found = {one.kind: one for one in read_collectives(TPU, 8)}
     gather = found["all-gather"]
-    assert (gather.count, gather.payload_bytes, gather.group) == (36, 64 * 128 * 2, 8)  # of two names one
+    assert (gather.count, gather.payload_bytes, gather.group) == (36, 64 * 128 * 2, 8)
     assert gather.wire_bytes == 64 * 128 * 2 * 7 / 8
     scatter = found["reduce-scatter"]
     assert (scatter.count, scatter.payload_bytes, scatter.wire_bytes) == (1, 64 * 128 * 4, 64 * 128 * 4 * 7 / 8)
@@ -81,8 +82,8 @@ def test_collectives_of_a_program_for_tpus():
     assert (found["collective-permute"].payload_bytes, found["collective-permute"].wire_bytes) == (20, 20)
     assert count_calls(TPU, "tpu_custom_call") == 1
     sums = collectives_by_kind(read_collectives(TPU, 8))
-    assert sums["all-gather"]["count"] == 36 and sums["all-gather"]["instructions"] == 1
-    assert sums["all-gather"]["wire_bytes"] == 36 * gather.wire_bytes
+    assert sums["all-gather"]["count"] == 72 and sums["all-gather"]["instructions"] == 2  # one of the three names twice
+    assert sums["all-gather"]["wire_bytes"] == 72 * gather.wire_bytes
 
 
 def test_collectives_of_a_program_for_gpus():

@@ -14,6 +14,7 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2,
 _BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "token": 0}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{\s*$")
+_END = re.compile(r"^\}(, execution_thread=\S+)?\s*$")  # instructions go on over lines, of which some begin with "}}"
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (.*)$")
 _SHAPE = re.compile(r"\b(pred|token|[suf]\d+|bf16|c64|c128|f8\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
@@ -61,9 +62,9 @@ def read_collectives(text: str, devices: int, per_group: int | None = None) -> l
         one = _collective(step, devices, per_group or devices)
         if one is None:
             continue
-        # Where a collective runs beside other work, its beginning, middle and end each name it, by the same channel.
-        channel = re.search(r"channel_id=(\d+)", step.line)
-        name = (step.scope, one.kind, channel[1] if channel else step.line)
+        # Where a collective runs beside other work, its beginning, middle and end each name it, by the same chain.
+        chain = re.search(r'chain_id="(\d+)"', step.line)
+        name = (step.scope, one.kind, chain[1] if chain else step.line)
         if name not in seen:
             seen.add(name)
             found.append(one)
@@ -94,7 +95,7 @@ def _computations(text: str) -> dict[str, _Computation]:
         if current is None:
             if match := _COMPUTATION.match(line):
                 current = found[match[2]] = _Computation([], bool(match[1]))
-        elif line.startswith("}"):
+        elif _END.match(line):
             current = None
         else:
             current.instructions.append(line)
