@@ -73,6 +73,15 @@ def test_shell_is_linted(script):
     subprocess.run([shellcheck, "--external-sources", script], check=True)
 
 
+@pytest.mark.parametrize("path", [*LAUNCH.rglob("*.yaml"), *GOLDEN.glob("*.yaml")], ids=lambda path: path.name)
+def test_yaml_is_linted(path):
+    """But for the length of lines, which a command may have."""
+    pytest.importorskip("yamllint")
+    rules = "{extends: default, rules: {line-length: disable, document-start: disable}}"
+    done = subprocess.run([sys.executable, "-m", "yamllint", "-s", "-d", rules, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_each_way_is_a_folder_with_one_script_and_ten_lines_of_readme(way):
     assert [path.name for path in (LAUNCH / way).glob("*.sh")] == ["run.sh"]
