@@ -239,7 +239,7 @@ def test_small_steps_compile_for_machines_that_are_not_there(topology, kernel, t
     assert report["fits"] and 0 < report["peak_memory_bytes"] < GIB and report["compile_seconds"] > 0
     assert report["attention"] == kernel and (report["kernel_calls"] > 0) == (kernel == "splash")
     gathered = report["collectives"]["all-gather"]["payload_bytes"]
-    assert gathered > 2 * 2 * report["parameters"] * 0.8  # each parameter, in bfloat16, forward and backward
+    assert gathered > 1.4 * 2 * report["parameters"]  # in bfloat16: all once, those of the layers once more backward
     assert "reduce-scatter" in report["collectives"] or "all-reduce" in report["collectives"]
 
 
