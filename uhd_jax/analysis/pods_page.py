@@ -34,8 +34,8 @@ uhd-jax compile --config=configs/uhd_v1.py --stage=stage2 --topology=8xh100 \\
   `uhd-jax data plan`.
 - **Over the wire** is what leaves each device in a step, read from the compiled program: of n devices that take part,
   (n - 1) / n of the bytes gathered or scattered, twice that of those summed everywhere. Collectives in loops count as
-  often as the loop runs. `--json` has them by kind. A step that a compiler refuses has no
-  program to read: its cells are empty.
+  often as the loop runs. `--json` has them by kind. A step that a compiler refuses has no program to read: its cells
+  are empty.
 - **TFLOPs** per device and step are those of the model ([cost.md](cost.md)), with every slot a view and every row one
   sample; the compiler's own count passes a loop's body once and is not used.
 - **Ceiling**: useful FLOPs over peak FLOP/s, at most. The least time of each resource is work over its published speed:
@@ -60,6 +60,9 @@ Choices that all share: float32 state split over `fsdp` alone, which is the whol
 `full`, that is, each layer keeps its input alone. Micro-batches where a step's rows would not fit at one time.
 
 @RECIPES@
+
+Times are those of two CPU cores that had other work beside it. The step of a small model (that of `tests/test_aot.py`)
+compiles for `v5e:2x2`, for two such slices (`2xv5e:2x2` with `mesh.dcn_data=2`), for `tpu7x:2x2x1` and for `h100:8`.
 
 ## Projection: v4 stage 4 on more chips
 
