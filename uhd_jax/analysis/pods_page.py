@@ -34,8 +34,9 @@ uhd-jax compile --config=configs/uhd_v1.py --stage=stage2 --topology=8xh100 \\
   `uhd-jax data plan`.
 - **Over the wire** is what leaves each device in a step, read from the compiled program: of n devices that take part,
   (n - 1) / n of the bytes gathered or scattered, twice that of those summed everywhere. Collectives in loops count as
-  often as the loop runs. `--json` has them by kind. A step that a compiler refuses has no program to read: its cells
-  are empty.
+  often as the loop runs. `--json` has them by kind. On a torus of three sides (v5p) the compiler gathers parameters as
+  sums of pieces among zeros, which moves twice the bytes. A step that a compiler refuses has no program to read: its
+  cells are empty.
 - **TFLOPs** per device and step are those of the model ([cost.md](cost.md)), with every slot a view and every row one
   sample; the compiler's own count passes a loop's body once and is not used.
 - **Ceiling**: useful FLOPs over peak FLOP/s, at most. The least time of each resource is work over its published speed:
