@@ -39,7 +39,11 @@ class DigitPagesTask:
             "transcription": DigitPages({"task": "page", "seed": SEED, **pages}),
             "question": DigitPages({"task": "questions", "seed": SEED + 1, **pages}),
         }
-        self._rows = [(kind, views, page) for kind in self._sources for views in _VIEWS for page in range(PAGES)]
+        # Alike within a batch, yet every kind of prompt among the first few dozen, for who limits their number.
+        groups = [range(start, min(start + 8, PAGES)) for start in range(0, PAGES, 8)]
+        self._rows = [
+            (kind, views, page) for group in groups for kind in self._sources for views in _VIEWS for page in group
+        ]
 
     def __len__(self) -> int:
         return len(self._rows)
