@@ -5,7 +5,7 @@
 
 After the colon stand the model, a folder of `convert import` or `combine` or the workdir of a run, and the data, a file
 or a folder in any format of docs/data.md that has files: of a folder with files of several, the first of ArrayRecord,
-parquet, tar, *.jsonl and *.json is read. Then options, joined by commas:
+parquet, tar, *.jsonl and *.json that it holds itself, else below, is read. Then options, joined by commas:
 
   images=DIR        where the paths of images begin (default: the folder of the data)
   train=PARTS       what is trained: all (default), language (connector and decoder), connector, or parts joined by "+"
@@ -87,10 +87,11 @@ def _kind_in(folder: str) -> str:
     """The source of what lies in a folder, or is matched by a pattern."""
     if any(exists(f"{folder}/{name}") for name in ("state.json", "dataset_dict.json")):
         return "arrow"  # `save_to_disk`
-    for suffix, kind in SOURCES.items():
-        with contextlib.suppress(SourceError):
-            if any(name.endswith(suffix) for name in find_files(folder, suffix)):
-                return kind
+    for place in ("{}/*{}", "{}"):  # what lies in folders below may belong to a file in this one
+        for suffix, kind in SOURCES.items():
+            with contextlib.suppress(SourceError):
+                if any(name.endswith(suffix) for name in find_files(place.format(folder, suffix), suffix)):
+                    return kind
     raise ConfigError(f"{folder}: no file named *{', *'.join(SOURCES)}, nor a folder with one or of save_to_disk")
 
 

@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from test_pipeline import Numbered, iterator
+from pipelines import Numbered, iterator
 
 from uhd_jax.data.batch_memory import BatchMemory
 

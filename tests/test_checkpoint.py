@@ -2,12 +2,14 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import logging
 import shutil
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import numpy as np
@@ -27,6 +29,7 @@ from uhd_jax.checkpoint import (
 )
 from uhd_jax.config import MeshConfig, to_dict
 from uhd_jax.sharding.mesh import make_mesh
+from uhd_jax.training import resume
 
 PARAMS = {"decoder": {"kernel": np.arange(64, dtype=np.float32).reshape(8, 8)}}
 TRAINING = {"step": np.int32(3), "moments": (np.ones(4, np.float32), ())}
@@ -269,3 +272,27 @@ def test_no_model_and_damaged_model(tmp_path):
     shutil.rmtree(tmp_path / "params")
     with pytest.raises(CheckpointError, match=f"{tmp_path} lacks params; copy it there again"):
         load_model(tmp_path)
+
+
+def seen(monkeypatch, own, first):
+    """The steps that `resume` tries where this process sees one list of checkpoints after the other; and its sleeps."""
+    own, sleeps = iter(own), []
+    checkpointer = types.SimpleNamespace(directory="runs/x", steps=lambda: next(own), reload=lambda: None)
+    monkeypatch.setattr(resume.multihost, "as_first", lambda steps: first)
+    monkeypatch.setattr(resume.time, "sleep", sleeps.append)
+    return resume._steps_of_all(checkpointer), sleeps
+
+
+def test_a_process_waits_until_it_sees_the_checkpoints_of_the_first(monkeypatch):
+    assert seen(monkeypatch, [[100], [100], [200, 100]], [200, 100]) == ([200, 100], [1, 1])
+    told = r"after 60 s process 0 sees the checkpoints \[200, 100\] there, the first process \[100\]"
+    with pytest.raises(CheckpointError, match=told):
+        seen(monkeypatch, itertools.repeat([200, 100]), [100])
+
+
+def test_a_step_is_never_saved_twice(tmp_path):
+    write(tmp_path, 3)
+    checkpointer = Checkpointer(tmp_path)
+    with pytest.raises(CheckpointError, match="step 3 is not saved, as checkpoint 3 is there already"):
+        checkpointer.save(3, PARAMS, TRAINING, {}, {})
+    checkpointer.close()

@@ -179,18 +179,32 @@ def test_a_pattern_has_a_place(tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "name"),
-    [("json", ""), ("json", "*/train.jsonl"), ("records", "deep/train.jsonl"), ("images", "")],
+    [("json", ""), ("json", "*/train.jsonl"), ("records", "deep/train.jsonl")],
 )
 def test_files_in_further_folders_have_their_part_in_the_stamp(tmp_path, source, name):
     (tmp_path / "deep").mkdir()
     path = write_records(tmp_path / "deep")
     data = dataclasses.replace(data_of(tmp_path / name), source=source)
     before = data_stamp(data)
-    if source != "images":  # of which any file may be one
-        (tmp_path / "deep/other.txt").write_text("no rows")
+    (tmp_path / "deep/other.txt").write_text("no rows")
     assert data_stamp(data) == before
     path.write_text(path.read_text().replace("Words", "Wordy", 1))
     os.utime(path, ns=(0, 0))
+    assert data_stamp(data) != before
+
+
+def test_images_behind_links_have_their_part_in_the_stamp(tmp_path):
+    """And nothing else: neither other files, nor links to nowhere."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/linked").symlink_to(tmp_path / "far")
+    (tmp_path / "images/gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "far/a.png").write_bytes(b"one")
+    data = DataConfig("images", {"path": str(tmp_path / "images")})
+    before = data_stamp(data)
+    (tmp_path / "images/notes.txt").write_text("no image")
+    assert data_stamp(data) == before
+    (tmp_path / "far/a.png").write_bytes(b"another")
     assert data_stamp(data) != before
 
 

@@ -153,6 +153,13 @@ def test_every_folder_that_is_taken_can_be_opened(tmp_path, write, kind):
         assert (data["source"], len(source)) == (kind, 8) and source.files(5)
 
 
+def test_what_lies_deeper_comes_second(tmp_path):
+    source_files.write_pretty(tmp_path)
+    (tmp_path / "older").mkdir()
+    source_files.write_tar(tmp_path / "older")
+    assert runpy.run_path(str(FILE))["_data"](str(tmp_path), "")["source"] == "json"
+
+
 def test_splits_of_a_dataset_on_disk_are_asked_for(tmp_path):
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
     data = runpy.run_path(str(FILE))["_data"](str(tmp_path), "")

@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from test_pipeline import Numbered, equal, iterator, numbers_of, take
+from pipelines import Numbered, equal, iterator, numbers_of, take
 
 from uhd_jax.config import AugmentConfig, ConfigError, DataConfig
 from uhd_jax.data.chat import Message

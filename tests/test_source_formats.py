@@ -10,7 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 import source_files
-from test_pipeline import equal, iterator, take
+from pipelines import equal, iterator, take
 
 from uhd_jax.config import ConfigError, DataConfig
 from uhd_jax.data.chat import encode_chat
@@ -103,7 +103,7 @@ def test_sources_of_files_pickle_as_their_names(tmp_path, name):
 
 def test_marks_in_texts_stay_texts(llava):
     """The samples hold `<|im_end|>`, `<slice>` and `<|im_start|>` in their texts."""
-    from test_pipeline import MODEL
+    from pipelines import MODEL
 
     tokenizer = byte_tokenizer(MODEL.chat)
     for index in (3, 4):

@@ -65,15 +65,39 @@ def test_parts_may_name_their_image(part):
     assert messages[0] == Message("user", ("x", ImagePart(0), ImagePart(1)))
 
 
+def test_images_may_be_named_twice_if_they_are_the_same():
+    assert parse(asked({"type": "image", "image": "a"}, images=["a"]))[1] == ["a"]
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    assert parse(human("x", image=pixels, images=[pixels]))[1][0] is pixels
+    with pytest.raises(SourceError, match="image, images: both name images, and not the same ones"):
+        parse(human("x", image=pixels, images=[pixels.copy()]))
+
+
 def test_records_in_memory_name_arrays_in_parts():
     pixels = np.zeros((4, 6, 3), np.uint8)
     np.testing.assert_array_equal(Records([asked({"type": "image", "image": pixels})]).images(0)[0], pixels)
 
 
+@pytest.mark.parametrize("named", ["000.jpg", "https://example.org/a.png", "../secret.png", 3])
+def test_images_of_a_shard_are_its_members_whatever_its_records_name(tmp_path, named):
+    record = asked({"type": "image", "image": named}, images=[named])
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        source_files.add_member(archive, "000.jpg", encode(photo(), "JPEG"))
+        source_files.add_member(archive, "000.json", json.dumps(record).encode())
+        source_files.add_member(archive, "001.json", json.dumps(record).encode())
+        source_files.add_member(archive, "002.json", json.dumps(human("x")).encode())
+        source_files.add_member(archive, "002.mp4", b"film")
+    source = make_source(DataConfig("tar", {"path": str(tmp_path / "x.tar")}))
+    assert source.files(0) == [encode(photo(), "JPEG")]
+    for index, complaint in ((1, "x.tar:2: images: 0 listed, but 1 parts"), (2, "x.tar:3: holds a film or a sound")):
+        with pytest.raises(SourceError, match=complaint):
+            source.sizes(index)
+
+
 @pytest.mark.parametrize(
     ("record", "complaint"),
     [
-        (asked({"type": "image", "image": "a"}, images=["a"]), "images: some are named by parts of the messages"),
+        (asked({"type": "image", "image": "a"}, images=["b"]), "images: named by parts of the messages too"),
         (asked({"type": "image", "image": "a"}, {"type": "image"}), "images: some are named by parts"),
         (asked({"type": "image", "image": 3}), "messages[0].content[0].image: expected a path, got a number"),
         (asked({"type": "image_url"}), "messages[0].content[0].image_url: missing"),

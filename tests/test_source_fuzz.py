@@ -6,7 +6,7 @@ import random
 import pytest
 import source_files
 from image_files import SAVE, encode, photo
-from test_pipeline import iterator
+from pipelines import iterator
 
 from uhd_jax.config import DataConfig
 from uhd_jax.data.record_format import PackedSample, RecordError, decode

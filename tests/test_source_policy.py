@@ -9,7 +9,7 @@ import pytest
 import source_files
 import tiny
 from image_files import encode, photo
-from test_pipeline import Numbered, iterator, take
+from pipelines import Numbered, iterator, take
 
 from uhd_jax.checkpoint import differing_keys
 from uhd_jax.config import ConfigError, DataConfig, to_dict
@@ -72,7 +72,7 @@ def test_every_kind_of_broken_sample_is_counted_and_listed_once(tmp_path, worker
 
 def listed(source, path, train):
     stage = tiny.stage(rows=4, packed_length=160, bucket_budget=2)
-    from test_pipeline import MODEL, TOKENIZER
+    from pipelines import MODEL, TOKENIZER
 
     run = tiny.run([stage], **train)
     return make_iterator(stage, MODEL, run.train, source, TOKENIZER, dropped=path)
@@ -148,7 +148,7 @@ class Damaged(Numbered):
 def together(source, steps, tell=True, **train):
     """The info of the last step on two hosts, or the errors of both; after every step they tell what they found."""
     train = {"packing_window": 48} | train
-    hosts = [iterator(source, (host, 2), train=train, told=tell) for host in range(2)]
+    hosts = [iterator(source, (host, 2), train=train, together=tell) for host in range(2)]
     for step in range(steps):
         infos, errors = [], []
         for one in hosts:

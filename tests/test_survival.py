@@ -168,11 +168,12 @@ async def die(self):
     await finalize(self)
 atomicity.AtomicRenameTemporaryPath.finalize = die
 """
-# Process 1 does not even see it, and so would go on from another checkpoint if it were not told which ones there are.
+# Process 1 does not even see it at first, and would go on from another checkpoint if it did not ask the others.
 ONE_CANNOT_READ = """
 from uhd_jax.checkpoint import Checkpointer, CheckpointError
-restore, steps = Checkpointer.restore, Checkpointer.steps
-Checkpointer.steps = lambda self: [step for step in steps(self) if process == 0 or step < 6]
+restore, steps, reload, late = Checkpointer.restore, Checkpointer.steps, Checkpointer.reload, [process == 1]
+Checkpointer.steps = lambda self: [step for step in steps(self) if not any(late) or step < 6]
+Checkpointer.reload = lambda self: late.clear() or reload(self)
 def fail(self, step, *given):
     if step == 6 and process == 1:
         raise CheckpointError("6 cannot be read here")

@@ -72,7 +72,8 @@ install_there() {
   archive="${TMPDIR:-/tmp}/uhd_jax-$NAME.tar.gz"
   act git -C "$ROOT" archive --format=tar.gz --output="$archive" "$COMMIT" &&
     act "${TPU[@]}" scp "$archive" "$NAME:uhd_jax.tar.gz" "${WHERE[@]:1}" --worker=all &&
-    { [ -z "$SETUP" ] || on_all "[ -e set_up ] || { $SETUP; } && touch set_up"; } &&
+    { [ -z "$SETUP" ] || on_all "[ -e set_up ] || ( $SETUP
+) && touch set_up"; } &&
     on_all "mkdir -p uhd_jax && cd uhd_jax && $END_OLD && rm -rf commit uhd_jax && tar -xzf ../uhd_jax.tar.gz \
 && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv && export PATH=~/.local/bin:\$PATH \
 && { [ -x .venv/bin/python ] || uv venv --quiet --python 3.12 .venv; } \

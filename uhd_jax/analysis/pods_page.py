@@ -68,7 +68,7 @@ compiles for `v5e:2x2`, for two such slices (`2xv5e:2x2` with `mesh.dcn_data=2`)
 ## Projection: v4 stage 4 on more chips
 
 **A projection, not a measurement**, of 64, 256 and 1,024 devices from the programs above, each device with the rows
-that it has there: one, on an 8xh100 eight one after the other. Parameters are split over devices with fast links (a
+that it has there. Parameters are split over devices with fast links (a
 pod of v5e or v6e has 256, v5p up to 6,144, a GPU host 8), 128 at most, as SigLIP 2's width of 2^7 x 9 allows
 (`mesh.fsdp`), and copied over the rest of these (`mesh.data`) and over groups of them (`mesh.dcn_data`). With m
 devices that split, d copies in a group, s groups, B the bytes over the links as compiled for n devices, P the trained

@@ -124,7 +124,7 @@ class Checkpointer:
           JaxRuntimeError: another process cannot be reached.
         """
         with self._writing():
-            self._manager.save(
+            begun = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params),
@@ -132,6 +132,11 @@ class Checkpointer:
                     iterator=ocp.args.JsonSave(dict(iterator)),
                     meta=ocp.args.JsonSave(dict(meta)),
                 ),
+            )
+        if not begun:
+            raise CheckpointError(
+                f"{self.directory}: step {step} is not saved, as checkpoint {self.latest_step()} is there already; "
+                f"another run may be writing there"
             )
 
     def check(self) -> None:

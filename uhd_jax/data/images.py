@@ -47,7 +47,7 @@ class ImageFolder:
         self._folder = Path(options.path)
         if not self._folder.is_dir():
             raise NoImages(f"{self._folder}: there is no such folder; name one with images")
-        self._names = sorted(_images_below(self._folder))
+        self._names = images_below(self._folder)
         if not self._names:
             raise NoImages(f"{self._folder}: holds no file named {', '.join('*' + suffix for suffix in SUFFIXES)}")
 
@@ -89,12 +89,12 @@ class ImageFolder:
         return self._folder / self._names[index]
 
 
-def _images_below(folder: Path) -> list[str]:
-    """Paths relative to the folder. A folder reached again, through a link, is not entered again."""
+def images_below(folder: str | os.PathLike) -> list[str]:
+    """Sorted paths relative to the folder. A folder reached again, through a link, is not entered again."""
     found, entered = [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
         entered.add(os.path.realpath(place))
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in entered]
         relative = Path(place).relative_to(folder)
         found += [str(relative / name) for name in files if Path(name).suffix.lower() in SUFFIXES]
-    return found
+    return sorted(found)

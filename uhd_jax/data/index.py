@@ -7,7 +7,6 @@ tokenizer, with each image as one view of one visual token. `analysis.data_stats
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import glob
@@ -25,6 +24,7 @@ import numpy as np
 from uhd_jax.config import ChatConfig, DataConfig, ImageLimits, to_dict
 from uhd_jax.data import workers
 from uhd_jax.data.chat import ChatError, EncodedSample, ImagePart, Message, encode_chat
+from uhd_jax.data.images import ImageFolder, images_below
 from uhd_jax.data.sources import SOURCES, Source, SourceError, check_data, make_source
 from uhd_jax.data.sources.files import DataFile, find_files
 from uhd_jax.data.sources.mixture import MixtureOptions
@@ -311,17 +311,24 @@ def data_stamp(data: DataConfig) -> list[Any]:
     for source, options in [(data.source, data.options), *parts]:
         if isinstance(path := options.get("path"), str):
             digest = hashlib.sha256()
-            for name in _files_of(path, getattr(SOURCES[source].open, "suffixes", ())):
-                with contextlib.suppress(SourceError):  # a link to nowhere among images: its sample is in trouble
+            for name in _files_of(source, path):
+                try:
                     file = DataFile(name)
-                    digest.update(f"{name!r} {file.size} {file.stamp}\n".encode())
+                except SourceError:
+                    if SOURCES[source].open is ImageFolder:  # a link to nowhere: its sample is in trouble
+                        continue
+                    raise
+                digest.update(f"{name!r} {file.size} {file.stamp}\n".encode())
             facts.append(digest.hexdigest())
     return json.loads(json.dumps(facts))
 
 
-def _files_of(path: str, suffixes: Sequence[str]) -> list[str]:
-    """The files of a source that has such files; of others the file that is their path, or all below that folder."""
-    if suffixes:
+def _files_of(source: str, path: str) -> list[str]:
+    """The files that a source reads; of the user's own sources and of Arrow's the path, or all below that folder."""
+    opened = SOURCES[source].open
+    if opened is ImageFolder:
+        return [os.path.join(path, name) for name in images_below(path)]
+    if suffixes := getattr(opened, "suffixes", ()):
         return find_files(path, *suffixes)
     if os.path.isfile(path):
         return [path]

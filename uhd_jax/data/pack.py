@@ -182,7 +182,7 @@ def _claimed(name: str | Path) -> Iterator[Path]:
             for partial in (*folder.glob(partials), *(folder / _PARTS).glob(partials)):
                 partial.unlink(missing_ok=True)
         yield folder
-        (folder / _LOCK).unlink(missing_ok=True)  # of a pack that is whole; who waits for it meets a whole folder
+        (folder / _LOCK).unlink(missing_ok=True)  # the folder is whole: who has opened it before this finds that
 
 
 def _summary(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:

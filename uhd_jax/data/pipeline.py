@@ -71,7 +71,7 @@ class BatchInfo:
     waiting: int  # samples left over by the window, to be packed in the next
     row_patches: tuple[int, ...]  # `patches_of` every row of all hosts
     damaged: Mapping[str, int]  # `DECODED`, of this batch: samples of this host's rows whose pixels cannot be read
-    counters: Mapping[str, int]  # `COUNTERS`, over all hosts' samples planned so far; for damaged ones see `told`
+    counters: Mapping[str, int]  # `COUNTERS`, over all hosts' samples planned so far; for damaged ones see `together`
 
 
 def make_iterator(
@@ -82,7 +82,7 @@ def make_iterator(
     tokenizer: Tokenizer | None = None,
     process: tuple[int, int] = (0, 1),
     dropped: Path | None = None,
-    told: bool = False,
+    together: bool = False,
 ) -> BatchIterator:
     """An endless iterator over the batches of a stage.
 
@@ -94,7 +94,7 @@ def make_iterator(
       tokenizer: default: the one that `model.chat` names.
       process: index and count of hosts. Every host plans all rows and renders its own part of them.
       dropped: a file to which every sample that is left out is added once, as a line of JSON: where, counter, reason.
-      told: whether `count_damaged` will be told of all hosts' damaged samples; else this host's own are in `counters`.
+      together: whether `count_damaged` is called with the damaged samples of all hosts; else `counters` has this one's.
 
     Raises:
       ConfigError: buckets that contradict the stage, rows that the hosts cannot share, or a decoder with fewer ids
@@ -107,9 +107,7 @@ def make_iterator(
             f"model.decoder.vocab_size: tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, "
             f"the decoder only {model.decoder.vocab_size}"
         )
-    if train.jpeg_draft and process[0] == 0:
-        logger.warning("stage %r: train.jpeg_draft is on: large JPEGs are decoded smaller; pixels change", stage.name)
-    return BatchIterator(WindowPlanner(stage, model, train, source, tokenizer), train, process, dropped, told)
+    return BatchIterator(WindowPlanner(stage, model, train, source, tokenizer), train, process, dropped, together)
 
 
 class BatchIterator:
@@ -121,7 +119,7 @@ class BatchIterator:
         train: TrainConfig,
         process: tuple[int, int],
         dropped: Path | None,
-        told: bool = False,
+        together: bool = False,
     ):
         if planner.stage.rows % process[1]:
             raise ConfigError(f"rows: {process[1]} hosts cannot share {planner.stage.rows} rows evenly")
@@ -130,7 +128,7 @@ class BatchIterator:
         self._process = process
         self._position = START
         self._counters = Counter(dict.fromkeys(COUNTERS, 0))
-        self._told, self._damaged = told, Counter(dict.fromkeys(DECODED, 0))  # of all hosts, as they were told
+        self._together, self._damaged = together, Counter(dict.fromkeys(DECODED, 0))  # of all hosts, as they were told
         self._running: list[grain.DatasetIterator] = []  # none or one
         self._reported: defaultdict[str, set[int]] = defaultdict(set)
         self._dropped = DroppedList(dropped) if dropped else None
@@ -158,7 +156,7 @@ class BatchIterator:
                 self._report(error.problems)  # "those named in the log"
             raise
         self._counters.update(problem.counter for problem in problems)
-        if self._told:  # what the hosts know all of them: else one that finds too much would end alone
+        if self._together:  # what the hosts know all of them: else one that finds too much would end alone
             self._counters.subtract(info.damaged)
         self._report(problems)
         self._planner.check_share(self._counters + self._damaged, info.read)

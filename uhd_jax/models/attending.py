@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from uhd_jax.ops import attention_kernels as kernels
@@ -30,7 +31,7 @@ def choose(implementation: str, platform: str | None, query: jax.Array, causal: 
         return "xla"
     if implementation != "auto":
         return implementation
-    if platform == "tpu":
+    if platform == "tpu" and query.dtype != jnp.float64:  # which is there to be exact
         return "splash"
     if platform in ("gpu", "cuda") and kernels.cudnn_takes(query, causal):
         return "cudnn"
@@ -46,7 +47,8 @@ def self_attention(
     causal: bool,
     implementation: str,
 ) -> jax.Array:
-    """`ops.attention.attention` of a row with itself, by what suits the mesh in context, or the default devices.
+    """`ops.attention.attention` of a row with itself, by what suits the mesh in context, or without one the
+    process's default backend.
 
     On a mesh it runs in a `shard_map`: every device has its rows whole, and of their heads a part (`_over_heads`).
     Inside of another one each device has its own rows already.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from uhd_jax.sharding.multihost import row_share
 
 DROPPED_FILE = "dropped"  # and .jsonl
 
+logger = logging.getLogger(__name__)
+
 
 @contextlib.contextmanager
 def make_batches(config: RunConfig, stage_index: int, workdir: Path | None = None) -> Iterator[StageBatches]:
@@ -35,7 +38,9 @@ def make_batches(config: RunConfig, stage_index: int, workdir: Path | None = Non
     model = config.model.for_stage(stage)
     suffix = f".{jax.process_index()}.jsonl" if jax.process_index() else ".jsonl"
     dropped = workdir / f"{DROPPED_FILE}{suffix}" if workdir else None
-    batches = make_iterator(stage, model, config.train, source, process=process, dropped=dropped, told=together)
+    if config.train.jpeg_draft and workdir and jax.process_index() == 0:
+        logger.warning("stage %r: train.jpeg_draft is on: large JPEGs are decoded smaller; pixels change", stage.name)
+    batches = make_iterator(stage, model, config.train, source, process=process, dropped=dropped, together=together)
     try:
         yield StageBatches(batches, row_shards(mesh))
     finally:

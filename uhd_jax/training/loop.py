@@ -54,7 +54,8 @@ from uhd_jax.training.workdir import claimed
 class Batches(Protocol):
     """A stage's data: an endless iterator whose state is a JSON dict.
 
-    One that counts what each process finds by itself has `damaged` and `count_damaged`, as `batches.StageBatches`.
+    If what one process finds in a batch counts for all, as damaged samples do, it also has `damaged`, the counts of the
+    last batch here, and `count_damaged`, which takes those of all processes: see `batches.StageBatches`.
     """
 
     def __next__(self) -> tuple[Batch, Mapping[str, Any]]:
@@ -282,7 +283,7 @@ class Run:
             except Interrupted:
                 return state
             log = StepLog(self, stage, steps, batches)
-            iterator = batches.get_state()
+            taken = batches.get_state()
             while stage_step < stage.steps and not self._asked(signals):
                 asked = time.monotonic()
                 self.watchdog.alive(f"step {step + 1} waits for its data")
@@ -290,13 +291,13 @@ class Run:
                     with self._waiting(signals):
                         batch, info = next(batches)
                 except Interrupted:
-                    break  # perhaps when the data had moved on: `iterator` is of before
+                    break  # perhaps when the data had moved on
                 except StopIteration:
                     raise TrainingError(
                         f"the data of stage {stage.name!r} ended after {stage_step} of {stage.steps} steps: give it "
                         f"more samples, or set the stage's steps to {stage_step}"
                     ) from None
-                iterator = batches.get_state()
+                taken = batches.get_state()
                 if stage.objective == "reconstruction":
                     vdim.check_views(batch, stage.reconstruction)
                 waited = time.monotonic() - asked
@@ -317,8 +318,7 @@ class Run:
                 if due or too_many_bad:
                     # Before the save: a step in the checkpoint must not be missing from the log after a kill.
                     too_many_bad |= log.catch_up()
-                    iterator = batches.get_state()  # with what other processes told of these steps
-                    self._save(index, state, iterator)
+                    self._save(index, state, self._data_state(batches, taken))
                 if too_many_bad:
                     self.checkpointer.wait()
                     raise TrainingError(
@@ -327,11 +327,17 @@ class Run:
                         f"rate in a new workdir with train.init_from={self.workdir}, or look at the data"
                     )
             log.catch_up()
-            if self.together:  # one that is alone may have been interrupted when the data had moved on
-                iterator = batches.get_state()
             if step not in (0, self.saved_step):
-                self._save(index, state, iterator)
+                self._save(index, state, self._data_state(batches, taken))
         return state
+
+    def _data_state(self, batches: Batches, taken: dict[str, Any]) -> dict[str, Any]:
+        """The state of the data to save, where `taken` is that of the last batch trained on.
+
+        Several processes learn of each other's damaged samples when a step is read, so they ask again; none of them is
+        interrupted. One that is alone may have been interrupted when the data had moved on already.
+        """
+        return batches.get_state() if self.together else taken
 
     def _compare_copies(self, step: int, state: TrainState) -> None:
         odd = differing_copies({"params": state.params, **beside_params(state)}, self.mesh)

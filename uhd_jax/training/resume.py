@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from uhd_jax.checkpoint import Checkpointer, CheckpointError, ConfigMismatch, Restored, require_same_config
 from uhd_jax.config import RunConfig
 from uhd_jax.sharding import multihost
 from uhd_jax.sharding.checksums import checksums
 from uhd_jax.training.state import TrainState
+
+SEEN_BY_ALL_WITHIN = 60  # seconds, in which what one process wrote is seen by all; NFS keeps what it has read that long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +58,7 @@ def resume(
       CheckpointError: not one of them can be read; the message is that of the newest.
     """
     damaged: dict[int, CheckpointError] = {}
-    # One list for all: what a process sees of storage that has just been written may be old.
-    for step in multihost.as_first(checkpointer.steps()):
+    for step in _steps_of_all(checkpointer):
         problem = restored = None
         try:
             restored = _restore(checkpointer, step, workdir, config, target_of)
@@ -79,6 +83,26 @@ def resume(
     if damaged:
         raise next(iter(damaged.values()))
     return None
+
+
+def _steps_of_all(checkpointer: Checkpointer) -> list[int]:
+    """The steps of the checkpoints, newest first, once all processes see the same ones.
+
+    What a process sees of storage that has just been written may be old. One that went on from there would take what
+    others have of later steps for damaged, or wait alone for a save that the others take for done.
+    """
+    for waited in range(SEEN_BY_ALL_WITHIN + 1):
+        if waited:
+            time.sleep(1)
+            checkpointer.reload()
+        steps = checkpointer.steps()
+        first = multihost.as_first(steps)
+        if multihost.all_agree(steps == first):
+            return steps
+    raise CheckpointError(
+        f"{checkpointer.directory}: after {SEEN_BY_ALL_WITHIN} s process {jax.process_index()} sees the checkpoints "
+        f"{steps} there, the first process {first}; all processes must see one folder"
+    )
 
 
 def _restore(

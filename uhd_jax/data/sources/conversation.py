@@ -28,8 +28,12 @@ _SAME_ROLES = dict(zip(ROLES, ROLES, strict=True))
 _Turn = tuple[str, Any, str]  # role, content, field of the content for errors
 
 
-def parse(record: Any) -> tuple[tuple[Message, ...], list[Any]]:
+def parse(record: Any, images: Sequence[bytes] | None = None) -> tuple[tuple[Message, ...], list[Any]]:
     """Messages and images of a record. Keys that no form has are ignored.
+
+    Args:
+      record: of one of the forms above.
+      images: those that came with the record; what it says of files itself is then ignored.
 
     Returns:
       The messages, which show every image once and in order; and the images, as `image_io.Source`.
@@ -41,9 +45,9 @@ def parse(record: Any) -> tuple[tuple[Message, ...], list[Any]]:
     for key in OTHER_MEDIA:
         if not _left_out(record.get(key)):
             raise SourceError(f"{key}: only texts and images are trained on; leave the record out")
-    images, names = _images(record)
+    listed, names = _images(record) if images is None else (list(images), ())
     shown: list[int] = []
-    brought: list[Any] = []  # images that parts name themselves
+    brought: list[Any] | None = [] if images is None else None  # images that parts name themselves
     has_parts = False
     messages = []
     for role, content, field in _turns(record):
@@ -55,24 +59,26 @@ def parse(record: Any) -> tuple[tuple[Message, ...], list[Any]]:
             parts = _parts(content, role, field, shown, brought)
         messages.append(Message(role, tuple(parts)))
     if brought:
-        if images or len(brought) != len(shown):
+        if len(brought) != len(shown):
             raise SourceError("images: some are named by parts of the messages, others are not; name all in one way")
-        images = brought
-    if images and not shown and not has_parts:
-        messages = _shown_first(messages, len(images))
-    elif sorted(shown) != list(range(len(images))):
+        if listed and not _same(listed, brought):
+            raise SourceError("images: named by parts of the messages too, and not the same ones; name them once")
+        listed = brought
+    if listed and not shown and not has_parts:
+        messages = _shown_first(messages, len(listed))
+    elif sorted(shown) != list(range(len(listed))):
         kind = "parts of type 'image' in the messages" if has_parts else f"marks {names[0] if names else IMAGE_MARK!r}"
-        if len(shown) == len(images):
+        if len(shown) == len(listed):
             kind += f", which show the images {shown}; show each once"
-        raise SourceError(f"images: {len(images)} listed, but {len(shown)} {kind}")
+        raise SourceError(f"images: {len(listed)} listed, but {len(shown)} {kind}")
     if shown != sorted(shown):
-        images = [images[index] for index in shown]
+        listed = [listed[index] for index in shown]
         number = {index: place for place, index in enumerate(shown)}
         messages = [
             Message(role, tuple(ImagePart(number[p.index]) if isinstance(p, ImagePart) else p for p in parts))
             for role, parts in messages
         ]
-    return tuple(messages), images
+    return tuple(messages), listed
 
 
 def _images(record: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
@@ -82,7 +88,7 @@ def _images(record: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
     if _left_out(value):
         return [], ()
     others = record.get("images")
-    if key == "image" and not _left_out(others) and others not in (value, [value]):
+    if key == "image" and not (_left_out(others) or _same(others, value) or _same(others, [value])):
         raise SourceError("image, images: both name images, and not the same ones; leave one of the two empty")
     if isinstance(value, Mapping) and not _is_file(value):
         for name in value:
@@ -101,6 +107,14 @@ def _images(record: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
 def _left_out(value: Any) -> bool:
     """Whether a field is null or empty: so tables whose other rows have it are written as JSON."""
     return value is None or (isinstance(value, str | list | tuple | Mapping) and not value)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two fields name the same images; of decoded ones, whether they are the same objects."""
+    try:
+        return bool(one == other)
+    except ValueError:  # of arrays
+        return False
 
 
 def _is_file(value: Mapping[str, Any]) -> bool:
@@ -160,9 +174,10 @@ def _split(text: str, names: Sequence[str], shown: list[int]) -> list[str | Imag
 
 
 def _parts(
-    content: Sequence[Any], role: str, field: str, shown: list[int], brought: list[Any]
+    content: Sequence[Any], role: str, field: str, shown: list[int], brought: list[Any] | None
 ) -> list[str | ImagePart]:
-    """The parts of a turn; `shown` grows by the images that they show, `brought` by those that they name themselves."""
+    """The parts of a turn; `shown` grows by the images that they show, `brought` by those that they name themselves,
+    unless it is None."""
     parts: list[str | ImagePart] = []
     for number, part in enumerate(content):
         place = f"{field}[{number}]"
@@ -171,7 +186,8 @@ def _parts(
         if kind == "text":
             parts.append(_text(_entry(part, "text", place), f"{place}.text"))
         elif kind in ("image", "image_url") and role == "user":
-            brought += _named_by(part, place)
+            if brought is not None:
+                brought += _named_by(part, place)
             shown.append(len(shown))
             parts.append(ImagePart(shown[-1]))
         elif kind in ("image", "image_url"):

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from uhd_jax.config import ImageLimits
+from uhd_jax.data.chat import Message
 from uhd_jax.data.images import SUFFIXES
-from uhd_jax.data.sources.conversation import TURNS
+from uhd_jax.data.sources.conversation import TURNS, parse
 from uhd_jax.data.sources.files import CHUNK, DataFile, find_files
 from uhd_jax.data.sources.protocol import SourceError
 from uhd_jax.data.sources.rows import FileOptions, RowSource
@@ -24,8 +25,10 @@ from uhd_jax.data.sources.stored import stored_index
 
 _BLOCK = 512
 _LONG_NAMES = 2**20  # bytes at most of a name, or of the properties in front of a member; more is damage
-_IMAGE, _JSON, _TEXT = range(3)
+_IMAGE, _JSON, _TEXT, _OTHER_MEDIA = range(4)
+_FILMS_AND_SOUNDS = (".avi", ".flac", ".m4a", ".mkv", ".mov", ".mp3", ".mp4", ".ogg", ".wav", ".webm")
 _KINDS = dict.fromkeys(SUFFIXES, _IMAGE) | {".json": _JSON, ".txt": _TEXT}
+_KINDS |= dict.fromkeys(_FILMS_AND_SOUNDS, _OTHER_MEDIA)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +80,11 @@ class TarShards(RowSource):
         shard, number = self._place(index)
         members = self._members[shard]
         low, high = np.searchsorted(members[:, 0], [number, number + 1])
-        found: dict[int, list[tuple[int, int]]] = {_IMAGE: [], _JSON: [], _TEXT: []}
+        found: dict[int, list[tuple[int, int]]] = {_IMAGE: [], _JSON: [], _TEXT: [], _OTHER_MEDIA: []}
         for _, kind, start, end in members[low:high].tolist():
             found[kind].append((start, end))
+        if found[_OTHER_MEDIA]:
+            raise SourceError("holds a film or a sound; only texts and images are trained on; leave the sample out")
         large = [end - start for start, end in found[_IMAGE] if end - start > self._limits.max_bytes]
         if large:
             raise SourceError(
@@ -99,7 +104,11 @@ class TarShards(RowSource):
             caption = texts.get(_TEXT, record.get("caption"))
             if isinstance(caption, str):
                 record = record | _captioned(caption, self._options.question)
-        return {name: value for name, value in record.items() if name not in ("image", "images")} | {"images": images}
+        return record | {"images": images}
+
+    def _parse(self, index: int) -> tuple[tuple[Message, ...], list[Any]]:
+        row = self._row(index)
+        return parse(row, row["images"])
 
     def _text(self, shard: int, place: tuple[int, int]) -> str:
         return self._shards[shard].read(*place).decode("utf-8-sig")
@@ -111,7 +120,8 @@ def _captioned(caption: str, question: str) -> dict[str, Any]:
 
 
 def _find_members(file: DataFile) -> np.ndarray:
-    """The members of a shard that are images or texts: int64[N, 4]."""
+    """The members of a shard that are images, texts, films or sounds: int64[N, 4], of each the number of its sample,
+    its kind, and where it starts and ends."""
     members: list[tuple[int, int, int, int]] = []
     place, sample, last_key = 0, -1, ""
     name_of_next, size_of_next = "", -1
