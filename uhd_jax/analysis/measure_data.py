@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -104,7 +105,7 @@ def _record(number: int) -> dict:
 def _write(folder: Path, name: str, rows: int) -> Path:
     records = map(_record, range(rows))
     if name == "parquet":
-        return _write_parquet(folder / "x.parquet", records, rows)
+        return _write_parquet(folder / "x.parquet", records)
     if name == "tar":
         return _write_tar(folder / "x.tar", records)
     path = folder / f"{name}.json{'l' * (name == 'lines')}"
@@ -117,14 +118,13 @@ def _write(folder: Path, name: str, rows: int) -> Path:
     return path
 
 
-def _write_parquet(path: Path, records: Iterator[dict], rows: int) -> Path:
+def _write_parquet(path: Path, records: Iterator[dict]) -> Path:
     import pyarrow
     import pyarrow.parquet
 
     first = pyarrow.Table.from_pylist([_record(0)])
     with pyarrow.parquet.ParquetWriter(path, first.schema) as writer:
-        for start in range(0, rows, 10_000):
-            some = [record for record, _ in zip(records, range(min(10_000, rows - start)), strict=False)]
+        while some := list(itertools.islice(records, 10_000)):
             writer.write_table(pyarrow.Table.from_pylist(some, first.schema), row_group_size=100)
     return path
 
