@@ -271,9 +271,11 @@ def test_a_signal_to_one_or_all_saves_the_same_step_and_one_process_goes_on(
     config = write(tmp_path / "config.py", 'stages=(dict(stage, schedule="constant"),)')
     children = together(workdir, config, 2, argv=ENDLESS, before=QUICK + SLOW)
     until_step(workdir, 2, children)
+    asked = time.monotonic()
     for number in of:
         children[number].send_signal(signal.SIGTERM)
     statuses, shown = ended(children)
+    print(f"\nfrom the signal to the end of both, all saved: {time.monotonic() - asked:.1f} s")
     assert statuses == [0, 0], shown
     step = saved(workdir)[-1]
     assert f"interrupted: step {step} is saved; start again to continue" in shown[0].splitlines()
