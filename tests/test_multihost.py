@@ -1,6 +1,7 @@
 """Several processes as one run: finding each other, real processes on this machine, signals and kills."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -234,7 +235,12 @@ def alone(tmp_path_factory):
     return folder / "run"
 
 
-@pytest.mark.parametrize(("processes", "devices", "mesh"), [(2, 2, ("dcn_data=2", "data=1")), (4, 1, ("data=2",))])
+RUNS = [(2, 2, ("dcn_data=2", "data=1")), (4, 1, ("data=2",))]
+if os.environ.get("UHD_ALL_MESHES"):
+    RUNS += [(4, 1, ("data=1", "fsdp=2", f"{axis}=2")) for axis in ("sequence", "tensor")]  # pairs render the same rows
+
+
+@pytest.mark.parametrize(("processes", "devices", "mesh"), RUNS)
 def test_as_many_processes_as_you_like_have_the_losses_of_one(together, tmp_path, alone, processes, devices, mesh):
     """Also where each process has a copy of the parameters, over the slow network."""
     workdir = tmp_path / "run"
