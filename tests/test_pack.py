@@ -58,6 +58,14 @@ def test_everything_comes_out_again(tmp_path):
     ]
 
 
+def test_a_whole_pack_may_be_read_only(tmp_path, monkeypatch):
+    data, folder = data_of(write_records(tmp_path)), tmp_path / "out"
+    summary = pack(data, folder)
+    monkeypatch.setattr(packing.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(packing.fcntl, "flock", lambda *_: pytest.fail("opens its lock"))
+    assert pack(data, folder) == summary
+
+
 def test_files_are_kept_byte_for_byte(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()

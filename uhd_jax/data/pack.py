@@ -167,6 +167,9 @@ def _claimed(name: str | Path) -> Iterator[Path]:
         raise PackError(f"{name}: is not a local folder; pack into one, then copy it there")
     folder = Path(name)
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):  # a whole pack is only read; of another the first write says that it cannot
+        yield folder
+        return
     partials = f".*{_PARTIAL}"
     left = {folder / _LOCK, *folder.glob(partials)}  # all that a pack killed at once has left
     if not (folder / SUMMARY).exists() and any(path not in left for path in folder.iterdir()):
