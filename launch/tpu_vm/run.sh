@@ -66,7 +66,7 @@ COMMIT=COMMIT
 # What an earlier connection left running holds the chips; it saves and ends first.
 END_OLD='if [ -e train.pid ] && kill -TERM "$(cat train.pid)"; then tail --pid="$(cat train.pid)" -f /dev/null; fi 2>/dev/null'
 
-# Each worker notes the commit once all of it is there; it is set up once.
+# Each worker notes the commit once all of it is there; it is set up once, by lines that may end in ; or a comment.
 install_there() {
   local archive
   archive="${TMPDIR:-/tmp}/uhd_jax-$NAME.tar.gz"

@@ -59,7 +59,8 @@ class TarShards(RowSource):
         self._options = options
         self._shards = [DataFile(path) for path in paths]
         # Per member: the sample's number in its shard, what it is, where it starts and ends.
-        self._members = [stored_index(shard, "members", 4, _find_members) for shard in self._shards]
+        # "members" was without films and sounds: what is stored under that name is not read.
+        self._members = [stored_index(shard, "samples", 4, _find_members) for shard in self._shards]
         self._ends = np.cumsum([members[-1, 0] + 1 if len(members) else 0 for members in self._members])
         if not len(self):
             raise SourceError(f"{options.path}: holds no member named *.json, *.txt or like an image")
