@@ -48,7 +48,7 @@ class Numbered:
         return [np.random.default_rng(index).integers(0, 256, (*size, 3), np.uint8) for size in self.sizes(index)]
 
 
-def iterator(source, process=(0, 1), model=MODEL, train=None, dropped=None, together=False, **stage):
+def iterator(source, process=(0, 1), model=MODEL, train=None, dropped=None, together=False, known=None, **stage):
     options = {"packed_length": 160, "rows": 4, "bucket_budget": 2} | stage
     stage = StageConfig(
         name="s",
@@ -60,7 +60,7 @@ def iterator(source, process=(0, 1), model=MODEL, train=None, dropped=None, toge
         **options,
     )
     train = TrainConfig(stages=(stage,), **({"packing_window": 24} | (train or {})))
-    return make_iterator(stage, model, train, source, TOKENIZER, process, dropped, together)
+    return make_iterator(stage, model, train, source, TOKENIZER, process, dropped, together, known)
 
 
 def numbers_of(batch):

@@ -14,7 +14,8 @@ from image_files import png_of
 from uhd_jax.config import ChatConfig, DataConfig, ImageLimits, SlicingConfig
 from uhd_jax.data import index as indexing
 from uhd_jax.data.chat import ImagePart, Message, encode_chat
-from uhd_jax.data.index import REFERENCE, block_tokens, data_stamp, index_path, open_index
+from uhd_jax.data.index import data_stamp, index_path, open_index
+from uhd_jax.data.known import REFERENCE, BlockTokens
 from uhd_jax.data.sources import make_source
 from uhd_jax.data.tokenizer import load_tokenizer
 from uhd_jax.data.windows import MALFORMED, REFUSED
@@ -46,7 +47,7 @@ def test_lengths_are_those_of_encoding(chat):
     parts = tuple(ImagePart(number) for number in range(len(plans)))
     messages = (Message("user", (*parts, "So?")), Message("assistant", ("Thus.\n1, 2",)))
     reference = len(encode_chat(messages, [REFERENCE] * len(plans), tokenizer, chat).tokens)
-    together = reference + sum(block_tokens(plan, tokenizer, chat) for plan in plans)
+    together = reference + sum(map(BlockTokens(tokenizer, chat).of, plans))
     assert together == len(encode_chat(messages, plans, tokenizer, chat).tokens)
 
 

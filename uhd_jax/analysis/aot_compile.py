@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -89,8 +90,16 @@ def bucket_of(model: ModelConfig, stage: StageConfig) -> Bucket:
     return Bucket(stage.rows, slots, stage.packed_length, patches, model.tower.patch_bytes)
 
 
-def compile_step(config: RunConfig, stage: StageConfig, target: Target) -> Compiled:
+def compile_step(config: RunConfig, stage: StageConfig, target: Target, effort: float = 0.0) -> Compiled:
     """Lowers and compiles the step of a stage for a machine. One program; nothing is computed and no array made.
+
+    Args:
+      config: of the run.
+      stage: one of its stages.
+      target: the machine.
+      effort: how long the compiler may look for a faster step, -1 to 1 (`jax_exec_time_optimization_effort`). A TPU's
+        code generator takes most of the time; with -1 memory and collectives come out nearly the same, ten times
+        sooner (docs/pods.md).
 
     Raises:
       AotError: the machine or its compiler is missing, or the compiler fails for another reason than memory.
@@ -120,7 +129,8 @@ def compile_step(config: RunConfig, stage: StageConfig, target: Target) -> Compi
     started = time.monotonic()
     attention = model.attention if model.attention != "auto" else "splash"
     try:
-        compiled = lowered.compile(compiler_options=OPTIONS[target.chip.platform])
+        with _effort(effort):
+            compiled = lowered.compile(compiler_options=OPTIONS[target.chip.platform])
     except jax.errors.JaxRuntimeError as error:
         needed = needed_bytes(str(error))
         if needed is None:
@@ -132,6 +142,17 @@ def compile_step(config: RunConfig, stage: StageConfig, target: Target) -> Compi
     peak = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporary"] + memory["code"]
     fits = peak <= target.chip.memory_bytes
     return Compiled(mesh, bucket, attention, lower_seconds, seconds, memory, peak, fits, compiled.as_text())
+
+
+@contextlib.contextmanager
+def _effort(effort: float) -> Iterator[None]:
+    """Sets JAX's option, which is no compiler option of a single program."""
+    before = jax.config.jax_exec_time_optimization_effort
+    jax.config.update("jax_exec_time_optimization_effort", effort)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_exec_time_optimization_effort", before)
 
 
 def memory_of(compiled: Any) -> dict[str, int]:

@@ -17,15 +17,19 @@ from uhd_jax.config import RunConfig
 KERNEL_CALLS = {"splash": "tpu_custom_call"}  # how kernels show in a program
 
 
-def compile_report(config: RunConfig, target: Target, stage_name: str | None = None) -> dict[str, Any]:
+def compile_report(
+    config: RunConfig, target: Target, stage_name: str | None = None, effort: float = 0.0
+) -> dict[str, Any]:
     """Compiles a stage's step for a machine and gathers what is known then; docs/pods.md explains the keys.
+
+    `effort` is as of `compile_step`.
 
     Raises:
       AotError: an unknown stage, a missing compiler, or one that fails for another reason than memory.
       ShardingError: rows or parameters do not divide over the devices.
     """
     stage = aot_compile.stage_of(config, stage_name)
-    made = aot_compile.compile_step(config, stage, target)
+    made = aot_compile.compile_step(config, stage, target, effort)
     chip, model, mesh = target.chip, config.model, aot_compile.mesh_sizes(made.mesh)
     counts = cost.parameter_counts(model)
     flops = aot_ceiling.step_flops(model, stage, made.bucket, target.devices)
@@ -47,6 +51,7 @@ def compile_report(config: RunConfig, target: Target, stage_name: str | None = N
         "peak_memory_bytes": made.peak_memory_bytes,
         "device_memory_bytes": chip.memory_bytes,
         "memory": made.memory,
+        "effort": effort,
         "lower_seconds": round(made.lower_seconds, 1),
         "compile_seconds": round(made.compile_seconds, 1),
         "parameters": sum(counts.values()),
@@ -78,6 +83,11 @@ def verdict(report: dict[str, Any]) -> str:
     return f"fits: {used}" if report["fits"] else f"does not fit by {(peak - room) / GIB:.2f} GiB: {used}"
 
 
+def effort_text(report: Mapping[str, Any]) -> str:
+    """With which effort it was compiled, in parentheses; nothing where it is that of training."""
+    return f" (effort {effort:g})" if (effort := report.get("effort", 0)) else ""
+
+
 def mesh_text(sizes: Mapping[str, int]) -> str:
     """The axes over which something is split, as they are set."""
     return " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
@@ -99,7 +109,9 @@ def table(report: dict[str, Any]) -> str:
     if report["memory"]:
         pieces = ", ".join(f"{name} {size / GIB:.2f}" for name, size in report["memory"].items())
         lines.append(f"  GiB: {pieces}")
-    lines.append(f"lowered in {report['lower_seconds']} s, compiled in {report['compile_seconds']} s")
+    lines.append(
+        f"lowered in {report['lower_seconds']} s, compiled in {report['compile_seconds']} s{effort_text(report)}"
+    )
     useful, executed = (report["flops_per_device"][key] for key in ("useful", "executed"))
     lines += ["", f"per device and step: {useful / 1e12:.2f} TFLOPs of the model, {executed / 1e12:.2f} with remat"]
     if report["collectives"]:

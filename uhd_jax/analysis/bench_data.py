@@ -1,6 +1,6 @@
 """How fast files become batches on the device, against what Pillow needs for the same files alone.
 
-    python -m uhd_jax.analysis.bench_data [--json] [--sizes 448x448 720x1280] [--images 24] [--repeats 5] [--draft]
+    python -m uhd_jax.analysis.bench_data [--json] [--sizes 448x448 720x1280] [--repeats 5] [--draft] [--index]
 
 The *floor* is the time in which Pillow opens and decodes the files and resizes them to the views of the plan, and
 nothing else: no header is checked, no patch cut, no text encoded, no batch filled. The pipeline does all of that, from
@@ -40,8 +40,10 @@ from uhd_jax.config import (
     StageConfig,
     TrainConfig,
 )
+from uhd_jax.data.index import index_path, known_samples, open_index
 from uhd_jax.data.pipeline import BatchIterator, make_iterator
 from uhd_jax.data.sources import make_source
+from uhd_jax.data.tokenizer import load_tokenizer
 from uhd_jax.sharding.mesh import make_mesh
 from uhd_jax.sharding.rules import place_batch
 from uhd_jax.slicing import image_io
@@ -81,7 +83,9 @@ class Speed:
     floor_share: float  # median of the repeats' (decode + resize) / pipeline
 
 
-def measure(sizes: Sequence[Size] = SIZES, images: int = 28, repeats: int = 3, draft: bool = False) -> list[Speed]:
+def measure(
+    sizes: Sequence[Size] = SIZES, images: int = 28, repeats: int = 3, draft: bool = False, index: bool = False
+) -> list[Speed]:
     """Measures images of each size.
 
     Args:
@@ -89,18 +93,19 @@ def measure(sizes: Sequence[Size] = SIZES, images: int = 28, repeats: int = 3, d
       images: different files of each size; less for large ones, so that a size takes a few seconds at most.
       repeats: of each measurement; the fastest counts, of ratios the median.
       draft: with `train.jpeg_draft`; the floor stays the one without.
+      index: planned from an index that was made before.
     """
     with tempfile.TemporaryDirectory() as folder:
-        return [_measure(size, Path(folder), images, repeats, draft) for size in sizes]
+        return [_measure(size, Path(folder), images, repeats, draft, index) for size in sizes]
 
 
-def _measure(size: Size, folder: Path, images: int, repeats: int, draft: bool) -> Speed:
+def _measure(size: Size, folder: Path, images: int, repeats: int, draft: bool, index: bool) -> Speed:
     images = max(_LEAST, min(images, _PIXELS // (size.height * size.width)))
     path = write_photographs(folder, size, images, _SAMPLES)
     files = sorted(folder.glob(f"{path.stem}-*.jpg"))
     plan = plan_image(size, MODEL)
     decoded = [_decode(file) for file in files]
-    pipeline = _Pipeline(path, size, images, draft)
+    pipeline = _Pipeline(path, size, images, draft, index)
     try:
         times = [
             (_timed(lambda: [_decode(file) for file in files]), _timed(lambda: _resize_all(decoded, plan)), pipeline())
@@ -135,8 +140,9 @@ def write_photographs(folder: Path, size: Size, images: int, samples: int = 0) -
     return path
 
 
-def open_batches(path: Path, size: Size, **train: Any) -> BatchIterator:
-    """Batches of one row of what `write_photographs` made for a size; options as of `TrainConfig`."""
+def open_batches(path: Path, size: Size, index: bool = False, **train: Any) -> BatchIterator:
+    """Batches of one row of what `write_photographs` made for a size, planned from an index or not; options as of
+    `TrainConfig`."""
     data, plan = DataConfig("json", {"path": str(path)}), plan_image(size, MODEL)
     views = len(plan.views)
     samples = _PACKED_LENGTH // (plan.visual_tokens + 2 * views + _TEXT)
@@ -153,15 +159,19 @@ def open_batches(path: Path, size: Size, **train: Any) -> BatchIterator:
         trainable=("decoder",),
         buckets=(bucket,),
     )
-    return make_iterator(stage, MODEL, TrainConfig(stages=(stage,), **train), make_source(data))
+    source, known = make_source(data), None
+    if index:
+        open_index(data, [MODEL.chat], path=index_path(data))
+        known = known_samples(data, source, MODEL.chat, load_tokenizer(MODEL.chat.tokenizer, MODEL.chat))
+    return make_iterator(stage, MODEL, TrainConfig(stages=(stage,), **train), source, known=known)
 
 
 class _Pipeline:
     """The input pipeline of a stage, on the files of one size; called, it gives seconds per image of an epoch."""
 
-    def __init__(self, path: Path, size: Size, images: int, draft: bool):
+    def __init__(self, path: Path, size: Size, images: int, draft: bool, index: bool = False):
         # Nothing is prepared ahead, so that the time of a batch is that of its own images.
-        self._batches = open_batches(path, size, packing_window=_ROUNDS * images, prefetch=0, jpeg_draft=draft)
+        self._batches = open_batches(path, size, index, packing_window=_ROUNDS * images, prefetch=0, jpeg_draft=draft)
         self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         self._least = _ROUNDS * images
         self.close = self._batches.close
@@ -233,9 +243,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=28, help="files of each size")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--draft", action="store_true", help="with train.jpeg_draft, which changes pixels")
+    parser.add_argument("--index", action="store_true", help="planned from an index, as of uhd-jax data index")
     arguments = parser.parse_args()
     sizes = [Size(*map(int, size.split("x"))) for size in arguments.sizes]
-    speeds = measure(sizes, arguments.images, arguments.repeats, arguments.draft)
+    speeds = measure(sizes, arguments.images, arguments.repeats, arguments.draft, arguments.index)
     print(json.dumps([dataclasses.asdict(speed) for speed in speeds], indent=2) if arguments.json else table(speeds))
 
 

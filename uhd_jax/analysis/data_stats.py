@@ -20,7 +20,8 @@ from uhd_jax.data.augment import draw
 from uhd_jax.data.buckets import patch_work, plan_buckets
 from uhd_jax.data.chat import Needs, encode_chat
 from uhd_jax.data.fitting import Reduction, cuttable, reduce_to_fit, without_oldest
-from uhd_jax.data.index import REFERENCE, DataIndex, Trouble, block_tokens, chat_key
+from uhd_jax.data.index import DataIndex, Trouble, chat_key
+from uhd_jax.data.known import REFERENCE, BlockTokens
 from uhd_jax.data.packing import fits
 from uhd_jax.data.prepare import check_ocr_parts
 from uhd_jax.data.sources import Source, check_data, make_source
@@ -37,7 +38,7 @@ from uhd_jax.data.windows import (
     reduction_reasons,
     stage_seed,
 )
-from uhd_jax.slicing.plan import ImageRefused, Plan, Size, plan_image
+from uhd_jax.slicing.plan import ImageRefused, Size, plan_image
 
 PACKED = 8192  # places of the stream that are packed to measure padding
 _EPOCHS = 16  # of a short stream that are looked up, at up to milliseconds a place, and then packed again and again
@@ -108,7 +109,7 @@ class StageData:
         self._places = self._seen()
         self._tables: dict[int, np.ndarray] = {}  # by the limit of slices: needs of each case, zeros where not known
         self._refused: dict[tuple[int, int], str] = {}  # limit and case, of images that cannot be sliced
-        self._blocks: dict[Any, int] = {}  # tokens of visual blocks
+        self._blocks = BlockTokens(self._tokenizer, chat)
         self._turns: dict[int, int] = {}  # rounds that may be cut, of samples that do not fit otherwise
         self._shortened: dict[
             tuple[int, int], tuple[int, int, int]
@@ -293,17 +294,11 @@ class StageData:
     def _view_needs(self, height: int, width: int, refill: int, limit: int) -> tuple[int, int, int, int]:
         plan = plan_image(Size(height, width), self.model, max_slices=limit, draw=0.0 if refill else 1.0)
         areas = [view.patch_grid.area for view in plan.views]
-        return self._block_tokens(plan), len(areas), max(areas), sum(areas)
+        return self._blocks.of(plan), len(areas), max(areas), sum(areas)
 
     @functools.cached_property
     def _source(self) -> Source:
         return make_source(self.stage.data, self.model.slicing.limits)
-
-    def _block_tokens(self, plan: Plan) -> int:
-        alike = plan.grid, tuple(view.visual_tokens for view in plan.views)
-        if alike not in self._blocks:
-            self._blocks[alike] = block_tokens(plan, self._tokenizer, self.model.chat)
-        return self._blocks[alike]
 
 
 def stage_report(data: StageData, budgets: Sequence[int]) -> tuple[dict[str, Any], StageFit]:

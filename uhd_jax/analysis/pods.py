@@ -34,7 +34,7 @@ def missing(folder: Path) -> list[tuple[Recipe, str]]:
     return [(recipe, topology) for recipe, topology in order if not (folder / recipe.file(topology)).is_file()]
 
 
-def compile_missing(folder: Path, only: str) -> int:
+def compile_missing(folder: Path, only: str, effort: float) -> int:
     """Compiles one after the other; what fails is said and left out. The number of failures."""
     failed = 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def compile_missing(folder: Path, only: str) -> int:
         if only not in recipe.file(topology):
             continue
         out = folder / recipe.file(topology)
-        command = [sys.executable, "-m", "uhd_jax", *recipe.command(topology), f"--out={out}"]
+        command = [sys.executable, "-m", "uhd_jax", *recipe.command(topology), f"--effort={effort:g}", f"--out={out}"]
         print(" ".join(command[1:]), flush=True)
         failed += subprocess.run(command).returncode != 0
     return failed
@@ -59,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=("compile", "write"))
     parser.add_argument("--folder", type=Path, default=Path("docs/pods"), help="of the JSON files")
     parser.add_argument("--only", default="", help="compile: files whose name holds this")
+    parser.add_argument("--effort", type=float, default=0.0, help="compile: as of `uhd-jax compile`")
     parser.add_argument("--out", type=Path, default=Path("docs/pods.md"), help="write: the page")
     arguments = parser.parse_args(argv)
     if arguments.command == "compile":
-        return 1 if compile_missing(arguments.folder, arguments.only) else 0
+        return 1 if compile_missing(arguments.folder, arguments.only, arguments.effort) else 0
     arguments.out.write_text(page(read_reports(arguments.folder)), encoding="utf-8")
     return 0
 

@@ -28,6 +28,7 @@ class DataConfig:
 
     source: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    index: str = ""  # file that `uhd-jax data index` made, to plan from; empty: the one beside the data, if any
 
 
 @dataclasses.dataclass(frozen=True)

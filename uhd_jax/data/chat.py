@@ -62,6 +62,12 @@ class Needs(NamedTuple):
     patches: int
 
 
+def needs_of(tokens: int, plans: Sequence[Plan]) -> Needs:
+    """What a sample of so many tokens asks of a row, with images that are seen so."""
+    views = [view.patch_grid.area for plan in plans for view in plan.views]
+    return Needs(tokens, len(views), max(views, default=0))
+
+
 @dataclasses.dataclass(frozen=True)
 class EncodedSample:
     """A sample as ids, before it has a place in a row. T is its own length."""
@@ -75,8 +81,7 @@ class EncodedSample:
     @functools.cached_property
     def needs(self) -> Needs:
         """What this sample asks of a row."""
-        views = [view.patch_grid.area for plan in self.plans for view in plan.views]
-        return Needs(len(self.tokens), len(views), max(views, default=0))
+        return needs_of(len(self.tokens), self.plans)
 
 
 class _Mark(NamedTuple):

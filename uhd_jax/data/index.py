@@ -2,7 +2,8 @@
 
 Sizes come from headers; no pixel is decoded. How many tokens a sample has follows from its text and the plans of its
 images, and both parts are apart in the index: sizes serve every slicing, and a text is counted once per prompt form and
-tokenizer, with each image as one view of one visual token. `analysis.data_stats` puts them together again.
+tokenizer, with each image as one view of one visual token. `data.known` and `analysis.data_stats` put them together
+again, to plan rows and to describe the data.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import zipfile
@@ -21,25 +23,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from uhd_jax.config import ChatConfig, DataConfig, ImageLimits, to_dict
+from uhd_jax.config import ChatConfig, ConfigError, DataConfig, ImageLimits, to_dict
 from uhd_jax.data import workers
-from uhd_jax.data.chat import ChatError, EncodedSample, ImagePart, Message, encode_chat
+from uhd_jax.data.chat import ChatError, ImagePart, encode_chat
 from uhd_jax.data.images import ImageFolder, images_below
+from uhd_jax.data.known import REFERENCE, Known, bits_of
 from uhd_jax.data.sources import SOURCES, Source, SourceError, check_data, make_source
 from uhd_jax.data.sources.files import DataFile, find_files
 from uhd_jax.data.sources.mixture import MixtureOptions
 from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from uhd_jax.data.windows import MALFORMED, REFUSED, says_something
-from uhd_jax.slicing.plan import ImageRefused, Plan, Size, ViewPlan
-from uhd_jax.slicing.sizes import Grid
+from uhd_jax.slicing.plan import ImageRefused, Size
 
 SUFFIX = ".uhd-index.npz"
 STRETCH = 512  # samples that a worker reads at a time
 _VERSION = 1
 _COMPARED = 16  # samples read anew before an index is used again: what stands in a folder shows no time of change
 
-_ONE = ViewPlan(Size(1, 1), Grid(1, 1), 1)
-REFERENCE = Plan(Size(1, 1), Size(1, 1), 0, Grid(0, 0), _ONE, (), False)  # one view of one visual token
+logger = logging.getLogger(__name__)
 
 
 class Trouble(NamedTuple):
@@ -90,7 +91,10 @@ def chat_key(chat: ChatConfig, tokenizer: Tokenizer) -> str:
 
 
 def index_path(data: DataConfig) -> Path | None:
-    """Where an index is kept: beside the file, or in the folder, that the source names; None where it names none."""
+    """Where an index is kept: in the file that `data` names, else beside the file, or in the folder, that the source
+    names; None where it names none."""
+    if data.index:
+        return Path(data.index)
     name = data.options.get("path")
     if not isinstance(name, str) or not (os.path.exists(name) or _matches(name)):
         return None
@@ -140,10 +144,8 @@ def open_index(
         for tokenizer in [load_tokenizer(chat.tokenizer, chat)]
         for key in [chat_key(chat, tokenizer)]
     }
-    stamp = {"version": _VERSION, "count": len(source), "data": data_stamp(data), "limits": to_dict(limits)}
-    kept = _load(path, stamp) if path else None
-    if kept and not _still_right(kept, source, tokenizers):
-        kept = None
+    stamp = _stamp(data, len(source), limits)
+    kept = _kept(path, stamp, source, tokenizers) if path else None
     missing = [chat for key, (chat, _) in tokenizers.items() if kept is None or key not in kept.texts]
     if kept and not missing:
         return kept, False
@@ -166,7 +168,7 @@ def _open_parts(
     progress: Callable[[int, int], None],
 ) -> tuple[DataIndex, bool]:
     """The index of a mixture, out of those of its parts."""
-    parts = [DataConfig(part.source, part.options) for part in options.parts]
+    parts = parts_of(options)
     opened = [open_index(part, chats, limits, index_path(part), processes, progress) for part in parts]
     indices = [index for index, _ in opened]
     firsts = np.cumsum([0, *map(len, indices)]).tolist()
@@ -193,6 +195,72 @@ def _open_parts(
         parts=tuple(map(len, indices)),
     )
     return index, any(made for _, made in opened)
+
+
+def parts_of(options: MixtureOptions) -> list[DataConfig]:
+    """The parts of a mixture as data of their own."""
+    return [DataConfig(part.source, part.options, part.index) for part in options.parts]
+
+
+def known_samples(
+    data: DataConfig, source: Source, chat: ChatConfig, tokenizer: Tokenizer, limits: ImageLimits = ImageLimits()
+) -> Known | None:
+    """What is known of a source's samples from the indices that were made of it; nothing is made here.
+
+    Args:
+      data: names the source, and its index unless that lies beside it.
+      source: opened from it.
+      chat: prompt form of the stage.
+      tokenizer: of that prompt form.
+      limits: what an image may be.
+
+    Returns:
+      None where there is no index. What is wrong with one that `data` does not name is said in the log.
+
+    Raises:
+      ConfigError: an index that `data` names is not there, or not one of this data and prompt form.
+    """
+    options = check_data(data)
+    mixed = isinstance(options, MixtureOptions)
+    parts = list(zip(parts_of(options), source.sources, strict=True)) if mixed else [(data, source)]
+    key = chat_key(chat, tokenizer)
+    found = [_usable(part, opened, key, (chat, tokenizer), limits) for part, opened in parts]
+    if not any(found):
+        return None
+    starts, sizes, tokens, bits = [np.zeros(1, np.int64)], [], [], []
+    for (_, opened), index in zip(parts, found, strict=True):
+        first, count = starts[-1][-1], len(opened)
+        if index is None:
+            starts.append(np.full(count, first))
+            tokens.append(np.zeros(count, np.int32))
+            bits.append(bits_of(np.zeros(count, bool), np.zeros(count, np.int32), range(count)))
+            continue
+        texts = index.texts[key]
+        starts.append(first + index.starts[1:])
+        sizes.append(index.sizes)
+        tokens.append(texts.tokens)
+        bits.append(bits_of(index.answered, texts.trained, [*index.troubles, *texts.troubles]))
+    return Known(*map(np.concatenate, (starts, sizes, tokens, bits)))
+
+
+def _usable(
+    data: DataConfig, source: Source, key: str, form: tuple[ChatConfig, Tokenizer], limits: ImageLimits
+) -> DataIndex | None:
+    """The index of a source that is no mixture, if it is right and has the lengths of a prompt form."""
+    path = index_path(data)
+    if path is None or not (data.index or path.is_file()):
+        return None
+    index = _kept(path, _stamp(data, len(source), limits), source, {key: form})
+    if index and key in index.texts:
+        return index
+    if index:
+        trouble = "has no lengths of texts in this stage's prompt form"
+    else:
+        trouble = "is no index of this data as it is now" if path.is_file() else "is not there"
+    if data.index:
+        raise ConfigError(f"index: {path} {trouble}; make it anew with uhd-jax data index")
+    logger.warning("%s %s, and is not used; uhd-jax data index makes it anew", path, trouble)
+    return None
 
 
 class Measured(NamedTuple):
@@ -228,17 +296,6 @@ def measure(
         except ChatError as error:
             lengths[key] = Trouble(MALFORMED, str(error))
     return Measured(found, all(map(says_something, messages)), None, lengths)
-
-
-def block_tokens(plan: Plan, tokenizer: Tokenizer, chat: ChatConfig) -> int:
-    """How many tokens more a sample has when an image of it is seen as `plan` instead of as `REFERENCE`."""
-    messages = (Message("user", (ImagePart(0),)), Message("assistant", ("a",)))
-
-    def length(seen: Plan) -> int:
-        encoded: EncodedSample = encode_chat(messages, [seen], tokenizer, chat)
-        return len(encoded.tokens)
-
-    return length(plan) - length(REFERENCE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,6 +342,19 @@ def _make(job: _Job, count: int, processes: int, progress: Callable[[int, int], 
     return DataIndex(np.concatenate(([0], images.cumsum())), all_sizes, answered, troubles, texts)
 
 
+def _stamp(data: DataConfig, count: int, limits: ImageLimits) -> dict[str, Any]:
+    """By which an index is known to be of this data."""
+    return {"version": _VERSION, "count": count, "data": data_stamp(data), "limits": to_dict(limits)}
+
+
+def _kept(
+    path: Path, stamp: Mapping[str, Any], source: Source, tokenizers: Mapping[str, tuple[ChatConfig, Tokenizer]]
+) -> DataIndex | None:
+    """The index of a file, if it is of this data and some samples are still what it says."""
+    kept = _load(path, stamp)
+    return kept if kept and _still_right(kept, source, tokenizers) else None
+
+
 def _still_right(kept: DataIndex, source: Source, tokenizers: Mapping[str, tuple[ChatConfig, Tokenizer]]) -> bool:
     """Whether some samples, evenly spread, are still what the index says."""
     known = {key: pair for key, pair in tokenizers.items() if key in kept.texts}
@@ -306,7 +376,7 @@ def data_stamp(data: DataConfig) -> list[Any]:
     Raises:
       SourceError: the path names no file.
     """
-    facts: list[Any] = [to_dict(data)]
+    facts: list[Any] = [{key: value for key, value in to_dict(data).items() if key != "index"}]
     parts = [(part["source"], part.get("options", {})) for part in data.options.get("parts", ())]
     for source, options in [(data.source, data.options), *parts]:
         if isinstance(path := options.get("path"), str):

@@ -14,6 +14,7 @@ import numpy as np
 from uhd_jax.batch import Batch, Bucket, empty_batch
 from uhd_jax.config import BucketConfig
 from uhd_jax.data.chat import EncodedSample, Needs
+from uhd_jax.slicing.plan import Plan
 
 _IMBALANCE = 4  # measured on mixes of image sizes: 2 to 4 % padding where other heuristics leave 4 to 9 %
 
@@ -119,25 +120,26 @@ def fill_batch(
     return batch
 
 
-def clear_padding(batch: Batch, rows: Sequence[Sequence[EncodedSample]]) -> None:
-    """Zeros wherever `fill_batch` puts no view of these samples."""
+def clear_padding(batch: Batch, rows: Sequence[Sequence[Sequence[Plan]]]) -> None:
+    """Zeros wherever `fill_batch` puts no view: of each row's samples the plans of their images."""
     for number, row in enumerate(rows):
         slot = 0
-        for area in (view.patch_grid.area for sample in row for plan in sample.plans for view in plan.views):
+        for area in (view.patch_grid.area for plans in row for plan in plans for view in plan.views):
             batch.patches[number, slot, area:] = 0
             slot += 1
         batch.patches[number, slot:] = 0
     batch.patches[len(rows) :] = 0
 
 
-def rooms_for_views(batch: Batch, rows: Sequence[Sequence[EncodedSample]]) -> list[list[list[np.ndarray]]]:
-    """Where `fill_batch` puts the views of samples: for each row, sample, view uint8[P_view, patch_bytes] of `batch`.
+def rooms_for_views(batch: Batch, rows: Sequence[Sequence[Sequence[Plan]]]) -> list[list[list[np.ndarray]]]:
+    """Where `fill_batch` puts views, from the plans of each row's samples: for each row, sample and view
+    uint8[P_view, patch_bytes] of `batch`.
 
     Writing them there at once saves a copy of all pixels.
     """
     rooms = []
     for number, row in enumerate(rows):
         slots = iter(batch.patches[number])
-        areas = [[view.patch_grid.area for plan in sample.plans for view in plan.views] for sample in row]
+        areas = [[view.patch_grid.area for plan in plans for view in plan.views] for plans in row]
         rooms.append([[next(slots)[:area] for area in views] for views in areas])
     return rooms

@@ -27,7 +27,9 @@ from uhd_jax.config import ConfigError, ModelConfig, StageConfig, TrainConfig
 from uhd_jax.data.balance import patches_of
 from uhd_jax.data.batch_memory import BatchMemory
 from uhd_jax.data.buckets import Fill, fill_of
+from uhd_jax.data.chat import ChatError, EncodedSample
 from uhd_jax.data.dropped import DroppedList
+from uhd_jax.data.known import Known
 from uhd_jax.data.packing import clear_padding, fill_batch, rooms_for_views
 from uhd_jax.data.prepare import Prepared
 from uhd_jax.data.sources import Source, SourceError
@@ -83,6 +85,7 @@ def make_iterator(
     process: tuple[int, int] = (0, 1),
     dropped: Path | None = None,
     together: bool = False,
+    known: Known | None = None,
 ) -> BatchIterator:
     """An endless iterator over the batches of a stage.
 
@@ -95,6 +98,7 @@ def make_iterator(
       process: index and count of hosts. Every host plans all rows and renders its own part of them.
       dropped: a file to which every sample that is left out is added once, as a line of JSON: where, counter, reason.
       together: whether `count_damaged` is called with the damaged samples of all hosts; else `counters` has this one's.
+      known: what an index says of the samples, from which they are then planned; the batches are the same.
 
     Raises:
       ConfigError: buckets that contradict the stage, rows that the hosts cannot share, or a decoder with fewer ids
@@ -107,7 +111,8 @@ def make_iterator(
             f"model.decoder.vocab_size: tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, "
             f"the decoder only {model.decoder.vocab_size}"
         )
-    return BatchIterator(WindowPlanner(stage, model, train, source, tokenizer), train, process, dropped, together)
+    planner = WindowPlanner(stage, model, train, source, tokenizer, known)
+    return BatchIterator(planner, train, process, dropped, together)
 
 
 class BatchIterator:
@@ -311,19 +316,20 @@ class _RenderedBatchIterator(grain.DatasetIterator):
         bucket = Bucket(share, shape.slots, shape.tokens, shape.patches, planner.model.tower.patch_bytes)
         memory, used_before = self._memory.take(patches_shape(bucket))
         batch = empty_batch(bucket, memory)
-        samples = [[window.samples[i].sample for i in row] for row in numbers]
+        plans = [[window.samples[i].plans for i in row] for row in numbers]
         if used_before:
-            clear_padding(batch, samples)
-        rooms = rooms_for_views(batch, samples)
+            clear_padding(batch, plans)
+        rooms = rooms_for_views(batch, plans)
         chained = itertools.chain.from_iterable
         tasks = [(window.samples[i], room) for i, room in zip(chained(numbers), chained(rooms), strict=True)]
         found = self._load_all(tasks)
-        problems = (window.problems if number == 0 else []) + [problem for problem in found if problem]
-        if any(found):
+        damaged = [one for one in found if isinstance(one, Problem)]
+        problems = (window.problems if number == 0 else []) + damaged
+        if damaged:
             batch = empty_batch(bucket)  # without what a damaged image left behind; the others are copied
         left = iter(zip(tasks, found, strict=True))
         rows = [
-            [(its.sample, room) for (its, room), problem in itertools.islice(left, len(row)) if not problem]
+            [(its, room) for (_, room), its in itertools.islice(left, len(row)) if not isinstance(its, Problem)]
             for row in numbers
         ]
         slot_tokens = planner.model.visual_tokens(bucket.patches)
@@ -340,15 +346,15 @@ class _RenderedBatchIterator(grain.DatasetIterator):
             epoch=window.following.start / planner.epoch,
             read=window.following.start,
             waiting=len(window.following.carried),
-            row_patches=tuple(patches_of(window.samples[i].sample.needs for i in row) for row in packed.rows),
-            damaged=Counter(problem.counter for problem in found if problem),
+            row_patches=tuple(patches_of(window.samples[i].needs for i in row) for row in packed.rows),
+            damaged=Counter(problem.counter for problem in damaged),
             counters={},
         )
         return batch, info, problems, self._position
 
-    def _load_all(self, tasks: Sequence[tuple[Prepared, list[np.ndarray]]]) -> list[Problem | None]:
+    def _load_all(self, tasks: Sequence[tuple[Prepared, list[np.ndarray]]]) -> list[EncodedSample | Problem]:
         """As `_load`, of all tasks; a thread takes the next one when it is done, without a future for each."""
-        found: list[Problem | None] = [None] * len(tasks)
+        found: list[Any] = [None] * len(tasks)
         waiting = iter(enumerate(tasks))
 
         def work() -> None:
@@ -359,15 +365,18 @@ class _RenderedBatchIterator(grain.DatasetIterator):
             done.result()
         return found
 
-    def _load(self, prepared: Prepared, into: list[np.ndarray]) -> Problem | None:
-        """Writes the views of a sample, unless an image turns out to be damaged."""
+    def _load(self, prepared: Prepared, into: list[np.ndarray]) -> EncodedSample | Problem:
+        """Writes the views of a sample and returns its text, unless either turns out to be damaged."""
         planner, index = self._planner, prepared.index
         try:
+            sample = planner.preparer.encoded(prepared)
             planner.preparer.views(prepared, into)
-            return None
+            return sample
         except ImageRefused as error:
             return Problem(index, REFUSED, str(error))
-        except SourceError as error:  # it was readable when it was planned
+        except (SourceError, ChatError) as error:  # it was readable when it was planned, or indexed
             return Problem(index, MALFORMED, str(error).removeprefix(f"{planner.where(index)}: "))
         except ValueError as error:
+            if prepared.sample is None:
+                return Problem(index, REFUSED, f"{error}; if it has changed, make the index anew: uhd-jax data index")
             raise PipelineError(f"{planner.where(index)}: {error}") from error

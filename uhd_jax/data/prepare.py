@@ -11,14 +11,15 @@ import numpy as np
 from uhd_jax.config import BucketConfig, ModelConfig, StageConfig
 from uhd_jax.config.checks import require
 from uhd_jax.data.augment import Alteration, Drawn, alter, draw
-from uhd_jax.data.chat import EncodedSample, Message, encode_chat
+from uhd_jax.data.chat import EncodedSample, Message, Needs, encode_chat, needs_of
 from uhd_jax.data.fitting import Reduction, cuttable, reduce_to_fit, without_oldest
+from uhd_jax.data.known import BlockTokens, KnownSample
 from uhd_jax.data.packing import fits
 from uhd_jax.data.sources.mixture import Mixture
-from uhd_jax.data.sources.protocol import Source, pictures_of
+from uhd_jax.data.sources.protocol import Source, SourceError, pictures_of
 from uhd_jax.data.tokenizer import Tokenizer
 from uhd_jax.slicing.pixels import cut_views, least_size
-from uhd_jax.slicing.plan import plan_image
+from uhd_jax.slicing.plan import Plan, plan_image
 from uhd_jax.slicing.sizes import Size
 
 
@@ -26,7 +27,9 @@ class Prepared(NamedTuple):
     """A sample before its pixels are read."""
 
     index: int  # in the source
-    sample: EncodedSample
+    sample: EncodedSample | None  # None: planned from an index, its text is not read yet
+    plans: tuple[Plan, ...]  # of its images
+    needs: Needs  # of a row
     reduction: Reduction
     first_image: int  # of the sample in the source; those before it went with their turns
     alterations: tuple[Alteration, ...]  # one per image that is left
@@ -66,6 +69,7 @@ class Preparer:
         check_ocr_parts(stage, source.parts if isinstance(source, Mixture) else ())
         self.source, self.stage, self.model = source, stage, model
         self._tokenizer, self._seed, self._jpeg_draft = tokenizer, seed, jpeg_draft
+        self._block_tokens = BlockTokens(tokenizer, model.chat)
 
     def prepare(
         self,
@@ -96,13 +100,43 @@ class Preparer:
 
         def fits_somewhere(reduction: Reduction) -> bool:
             tried[reduction] = self._encode(index, messages, drawn, reduction)
-            return any(fits(tried[reduction].sample.needs, row) for row in rows)
+            return any(fits(tried[reduction].needs, row) for row in rows)
 
         stage, whole = self.stage, Reduction(self.stage.max_slices)
         if fits_somewhere(whole):
             return tried[whole]
         found = reduce_to_fit(fits_somewhere, stage.too_long, stage.max_slices, cuttable(messages))
         return tried[found] if found else None
+
+    def from_index(self, index: int, epoch: int, known: KnownSample, rows: Sequence[BucketConfig]) -> Prepared | None:
+        """As `prepare`, unread: the same but for the text, if the sample fits whole; None: it has to be read.
+
+        Raises:
+          ImageRefused: an image cannot be sliced.
+        """
+        drawn = self.drawn(index, epoch, known.sizes)
+        whole = Reduction(self.stage.max_slices)
+        plans = self._plans(drawn, whole)
+        needs = needs_of(known.tokens + sum(map(self._block_tokens.of, plans)), plans)
+        if not any(fits(needs, row) for row in rows):
+            return None
+        return Prepared(index, None, plans, needs, whole, 0, tuple(one.alteration for one in drawn))
+
+    def encoded(self, prepared: Prepared) -> EncodedSample:
+        """The sample as ids, read now if it has not been.
+
+        Raises:
+          SourceError: as `Source.messages`, or it is not what its index says.
+          ChatError: the prompt form has no place for the conversation.
+        """
+        if prepared.sample is not None:
+            return prepared.sample
+        messages = self.source.messages(prepared.index)
+        sample = encode_chat(messages, prepared.plans, self._tokenizer, self.model.chat)
+        if sample.needs != prepared.needs or not sample.trained.any():
+            found, said = len(sample.tokens), prepared.needs.tokens
+            raise SourceError(f"{found} tokens where its index says {said}; make the index anew: uhd-jax data index")
+        return sample
 
     def smallest(self, index: int, epoch: int, messages: Sequence[Message], sizes: Sequence[Size]) -> Prepared:
         """The whole conversation with one view per image, whether it fits or not."""
@@ -124,10 +158,10 @@ class Preparer:
         rooms, views = iter(into or ()), []
         patch_size = self.model.tower.patch_size
         least: list[Size | None] = [None] * prepared.first_image
-        for plan, alteration in zip(prepared.sample.plans, prepared.alterations, strict=True):
+        for plan, alteration in zip(prepared.plans, prepared.alterations, strict=True):
             least.append(least_size(plan) if self._jpeg_draft and not alteration.changes else None)
         pictures = pictures_of(self.source, prepared.index, least if self._jpeg_draft else ())[prepared.first_image :]
-        for picture, plan, alteration in zip(pictures, prepared.sample.plans, prepared.alterations, strict=True):
+        for picture, plan, alteration in zip(pictures, prepared.plans, prepared.alterations, strict=True):
             image = alter(np.asarray(picture), alteration) if alteration.changes else picture
             room = None if into is None else list(itertools.islice(rooms, len(plan.views)))
             views += cut_views(image, plan, patch_size, room, self._jpeg_draft and not alteration.changes)
@@ -138,6 +172,11 @@ class Preparer:
     ) -> Prepared:
         kept, first = without_oldest(messages, reduction.rounds)
         left = drawn[first:]
-        plans = [plan_image(d.alteration.size, self.model, None, reduction.max_slices, d.refill) for d in left]
+        plans = self._plans(left, reduction)
         sample = encode_chat(kept, plans, self._tokenizer, self.model.chat)
-        return Prepared(index, sample, reduction, first, tuple(d.alteration for d in left))
+        alterations = tuple(one.alteration for one in left)
+        return Prepared(index, sample, plans, sample.needs, reduction, first, alterations)
+
+    def _plans(self, drawn: Sequence[Drawn], reduction: Reduction) -> tuple[Plan, ...]:
+        limit = reduction.max_slices
+        return tuple(plan_image(one.alteration.size, self.model, None, limit, one.refill) for one in drawn)

@@ -22,6 +22,7 @@ from uhd_jax.config import BucketConfig, ConfigError, ModelConfig, StageConfig, 
 from uhd_jax.data.buckets import PackedBatch, form_batches, patch_work, plan_buckets
 from uhd_jax.data.chat import ChatError, Message
 from uhd_jax.data.fitting import Reduction
+from uhd_jax.data.known import Known
 from uhd_jax.data.prepare import Prepared, Preparer
 from uhd_jax.data.sources import Source, SourceError
 from uhd_jax.data.sources.mixture import Mixture, Stream
@@ -86,11 +87,18 @@ class WindowPlanner:
     """Decides from sizes and texts which samples share which batch; pickled into worker processes."""
 
     def __init__(
-        self, stage: StageConfig, model: ModelConfig, train: TrainConfig, source: Source, tokenizer: Tokenizer
+        self,
+        stage: StageConfig,
+        model: ModelConfig,
+        train: TrainConfig,
+        source: Source,
+        tokenizer: Tokenizer,
+        known: Known | None = None,
     ):
         self.stage = stage
         self.model = model
         self.source = source
+        self._known = known
         self._window = train.packing_window
         self._max_broken = train.max_broken_samples
         self._seed = stage_seed(stage, train)
@@ -102,9 +110,11 @@ class WindowPlanner:
         self.epoch = self._stream.epoch
         self.buckets = self._given_buckets() or self._planned_buckets()
         data = to_dict(stage.data)
-        for options in (data["options"], *(part.get("options", {}) for part in data["options"].get("parts", ()))):
+        parts = data["options"].get("parts", ())
+        for one in (data, *parts):
+            one.pop("index", None)  # with one or without, the batches are the same
             for name in ("path", "image_root"):  # they may be spelled differently, or moved; what stands there counts
-                options.pop(name, None)
+                one.get("options", {}).pop(name, None)
         spread = np.linspace(0, len(source) - 1, min(len(source), FINGERPRINT_SAMPLES)).astype(int)
         facts = {
             "source": (data, len(source), [self._said(int(index)) for index in spread], self._seed),
@@ -143,7 +153,7 @@ class WindowPlanner:
             problems += itertools.chain.from_iterable(map(take, range(end, end + self._window)))
             end += self._window
             rng = np.random.default_rng((self._seed, start))
-            needs = [prepared.sample.needs for prepared in samples]
+            needs = [prepared.needs for prepared in samples]
             batches, left = form_batches(needs, waiting, self.buckets, self.stage.rows, rng)
             if batches:
                 self._carried = {places[i]: samples[i] for i in left}
@@ -185,7 +195,14 @@ class WindowPlanner:
     def _prepare(self, place: int, rows: tuple[BucketConfig, ...]) -> tuple[Prepared | None, list[Problem]]:
         """The sample at a place of the stream, unless it is dropped, and what is wrong with it, if something is."""
         index, epoch = self._stream.visit(place)
+        known = self._known.get(index) if self._known else None
         try:
+            if known:
+                if self.stage.objective == "language" and not known.answered:
+                    return None, [Problem(index, UNTRAINED, "an answer is empty")]
+                if prepared := self.preparer.from_index(index, epoch, known, rows):
+                    untrained = [] if known.trained else [Problem(index, UNTRAINED, "no answer to train on")]
+                    return None if untrained else prepared, untrained
             messages, sizes = self.source.messages(index), self.source.sizes(index)
             if self.stage.objective == "language" and not all(map(says_something, messages)):
                 return None, [Problem(index, UNTRAINED, "an answer is empty")]
@@ -222,7 +239,7 @@ class WindowPlanner:
         stage = self.stage
         widest = BucketConfig(slots=stage.slots or sys.maxsize, tokens=stage.packed_length, patches=sys.maxsize)
         seen = (self._prepare(place, (widest,))[0] for place in range(min(PLANNING_SAMPLES, len(self.source))))
-        needs = [prepared.sample.needs for prepared in seen if prepared]
+        needs = [prepared.needs for prepared in seen if prepared]
         return plan_buckets(needs, stage.packed_length, stage.bucket_budget, patch_work(self.model), stage.slots)
 
 

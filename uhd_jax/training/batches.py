@@ -13,11 +13,14 @@ import jax
 from uhd_jax.batch import Batch
 from uhd_jax.config import RunConfig
 from uhd_jax.data.balance import imbalance
+from uhd_jax.data.index import known_samples
+from uhd_jax.data.known import Known
 from uhd_jax.data.pipeline import BatchIterator, make_iterator
 from uhd_jax.data.sources import make_source
+from uhd_jax.data.tokenizer import load_tokenizer
 from uhd_jax.data.windows import DECODED
 from uhd_jax.sharding.mesh import make_mesh, row_shards
-from uhd_jax.sharding.multihost import row_share
+from uhd_jax.sharding.multihost import all_agree, as_first, row_share
 
 DROPPED_FILE = "dropped"  # and .jsonl
 
@@ -40,11 +43,24 @@ def make_batches(config: RunConfig, stage_index: int, workdir: Path | None = Non
     dropped = workdir / f"{DROPPED_FILE}{suffix}" if workdir else None
     if config.train.jpeg_draft and workdir and jax.process_index() == 0:
         logger.warning("stage %r: train.jpeg_draft is on: large JPEGs are decoded smaller; pixels change", stage.name)
-    batches = make_iterator(stage, model, config.train, source, process=process, dropped=dropped, together=together)
+    tokenizer = load_tokenizer(model.chat.tokenizer, model.chat)
+    known = known_samples(stage.data, source, model.chat, tokenizer, config.model.slicing.limits)
+    if together and not _same_everywhere(known):
+        logger.warning("stage %r: the index is not the same on all hosts, and is not used", stage.name)
+        known = None
+    if known and jax.process_index() == 0:
+        logger.info("stage %r: %d of %d samples are planned from an index", stage.name, known.count, len(source))
+    batches = make_iterator(stage, model, config.train, source, tokenizer, process, dropped, together, known)
     try:
         yield StageBatches(batches, row_shards(mesh))
     finally:
         batches.close()
+
+
+def _same_everywhere(known: Known | None) -> bool:
+    """Whether all processes plan from the same index, or all from none: else their rows could differ."""
+    own = int(known.digest[:7], 16) + 1 if known else 0  # a positive int32
+    return all_agree([own] == as_first([own]))
 
 
 class StageBatches:

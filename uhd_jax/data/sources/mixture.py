@@ -35,6 +35,7 @@ class MixturePart:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     weight: float = 0.0  # share of the stream, relative to the other parts' weights
     epochs: float = 0.0  # how often each of its samples comes in a round
+    index: str = ""  # as `DataConfig.index`
 
     def __post_init__(self):
         require_at_least(self, 0, "weight", "epochs")
@@ -84,19 +85,19 @@ class Mixture:
     def __init__(self, options: MixtureOptions, sources: Sequence[Source]):
         for part, source in zip(options.parts, sources, strict=True):
             require(len(source) > 0, "parts", f"the part {part.name!r} has no samples")
-        self._parts, self._sources = options.parts, tuple(sources)
+        self._parts, self.sources = options.parts, tuple(sources)
         self._ends = np.cumsum([len(source) for source in sources])
 
     def stream(self, seed: int) -> MixedStream:
         """The stream in which the parts have their shares."""
-        return MixedStream(self._parts, [len(source) for source in self._sources], seed)
+        return MixedStream(self._parts, [len(source) for source in self.sources], seed)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def _place(self, index: int) -> tuple[int, Source, int]:
         part = int(np.searchsorted(self._ends, index, side="right"))
-        return part, self._sources[part], int(index - self._ends[part] + len(self._sources[part]))
+        return part, self.sources[part], int(index - self._ends[part] + len(self.sources[part]))
 
     def sizes(self, index: int) -> list[Size]:
         """As the part's source."""
