@@ -4,7 +4,8 @@
   python -m uhd_jax.analysis.pods write --folder=docs/pods --out=docs/pods.md
 
 One compile takes minutes and a process of its own; what it says is kept as one JSON file in the folder. Each is what
-`uhd-jax compile` prints with the same configuration and overrides.
+`uhd-jax compile` prints with the same configuration and overrides. In the folder's own folder `quick` are some that
+were compiled a second time, with --effort=-1, to see what that changes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 
 from uhd_jax.analysis.pods_page import page
 from uhd_jax.analysis.pods_recipes import RECIPES, Recipe
+
+QUICK = "quick"  # folder of what was compiled a second time, with the least effort
 
 
 def missing(folder: Path) -> list[tuple[Recipe, str]]:
@@ -64,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.command == "compile":
         return 1 if compile_missing(arguments.folder, arguments.only, arguments.effort) else 0
-    arguments.out.write_text(page(read_reports(arguments.folder)), encoding="utf-8")
+    reports, quick = read_reports(arguments.folder), read_reports(arguments.folder / QUICK)
+    arguments.out.write_text(page(reports, quick), encoding="utf-8")
     return 0
 
 

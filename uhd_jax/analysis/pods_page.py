@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from uhd_jax.analysis.aot_ceiling import project
-from uhd_jax.analysis.aot_report import mesh_text, verdict
+from uhd_jax.analysis.aot_report import effort_text, mesh_text, verdict
 from uhd_jax.analysis.aot_targets import CHIPS, GIB, parse_target
 from uhd_jax.analysis.pods_recipes import PROJECTED, RECIPES
 
@@ -62,6 +63,14 @@ Choices that all share: float32 state split over `fsdp` alone, which is the whol
 
 @RECIPES@
 
+## What effort changes
+
+TPU compilers take a quarter of an hour and more of two cores for such a step, almost all of it in the code generator.
+`--effort=-1` (`jax_exec_time_optimization_effort`) takes less of it, for a program that would run slower; rows above
+say "effort -1" where it was used. Both, for the same steps:
+
+@EFFORT@
+
 Times are those of two CPU cores that had other work beside it. The step of a small model (that of `tests/test_aot.py`)
 compiles for `v5e:2x2`, for two such slices (`2xv5e:2x2` with `mesh.dcn_data=2`), for `tpu7x:2x2x1` and for `h100:8`.
 
@@ -83,10 +92,18 @@ parameters:
 """
 
 
-def page(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """docs/pods.md from the reports by file name."""
-    page = PAGE
-    for name, text in {"CHIPS": _chips(), "RECIPES": _recipes(reports), "PROJECTION": _projection(reports)}.items():
+Reports = Mapping[str, Mapping[str, Any]]  # by file name
+
+
+def page(reports: Reports, quick: Reports = MappingProxyType({})) -> str:
+    """docs/pods.md.
+
+    Args:
+      reports: the table's.
+      quick: of some of the same steps, compiled with less effort.
+    """
+    page, texts = PAGE, {"CHIPS": _chips(), "RECIPES": _recipes(reports), "PROJECTION": _projection(reports)}
+    for name, text in (texts | {"EFFORT": _effort(reports, quick)}).items():
         page = page.replace(f"@{name}@", text)
     return page
 
@@ -108,7 +125,7 @@ def _chips() -> str:
     return _table(rows)
 
 
-def _recipes(reports: Mapping[str, Mapping[str, Any]]) -> str:
+def _recipes(reports: Reports) -> str:
     lines = []
     for recipe in RECIPES:
         lines += [f"### {recipe.title}", "", f"`{recipe.config}`. {recipe.why}", ""]
@@ -142,7 +159,7 @@ def _recipes(reports: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _row(topology: str, report: Mapping[str, Any]) -> tuple[str, ...]:
     bucket, best = report["bucket"], report["utilisation_ceiling"]
-    wire = sum(sums["wire_bytes"] for sums in report["collectives"].values())
+    wire = _wire(report)
     return (
         topology,
         mesh_text(report["mesh"]),
@@ -153,11 +170,29 @@ def _row(topology: str, report: Mapping[str, Any]) -> tuple[str, ...]:
         f"{wire / 1e9:.1f} GB" if report["collectives"] else "",
         f"{report['flops_per_device']['useful'] / 1e12:.1f}",
         f"{best['one_after_another']:.0%} to {best['overlapped']:.0%}" if best else "",
-        f"{report['compile_seconds']:.0f} s",
+        f"{report['compile_seconds']:.0f} s{effort_text(report)}",
     )
 
 
-def _projection(reports: Mapping[str, Mapping[str, Any]]) -> str:
+def _effort(reports: Reports, quick: Reports) -> str:
+    names = ("memory GiB", "over the wire GB", "compiled in")
+    rows = [("recipe", "machine", *(f"{name}{more}" for name in names for more in ("", ", effort -1")))]
+    for recipe in RECIPES:
+        for topology in recipe.machines:
+            both = [one[name] for one in (reports, quick) if (name := recipe.file(topology)) in one]
+            if len(both) == 2:
+                memory = [f"{one['peak_memory_bytes'] / GIB:.2f}" for one in both]
+                wire = [f"{_wire(one) / 1e9:.1f}" for one in both]
+                seconds = [f"{one['compile_seconds']:.0f} s" for one in both]
+                rows.append((recipe.title, topology, *memory, *wire, *seconds))
+    return _table(rows) if len(rows) > 1 else "Nothing is compiled with both yet."
+
+
+def _wire(report: Mapping[str, Any]) -> float:
+    return sum(sums["wire_bytes"] for sums in report["collectives"].values())
+
+
+def _projection(reports: Reports) -> str:
     title, counts = PROJECTED
     recipe = next(recipe for recipe in RECIPES if recipe.title == title)
     rows = [("compiled for", "devices", "mesh", "compute s", "memory s", "links s", "network s", "utilisation")]

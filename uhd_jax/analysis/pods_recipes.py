@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 PROJECTED = ("v4, stage 4", (64, 256, 1024))  # the recipe, and numbers of devices
@@ -34,8 +35,12 @@ class Recipe:
         return "_".join(words) + ".json"
 
 
-def _v4(stage: int, why: str) -> Recipe:
-    machines: dict[str, dict[str, Any]] = {name: {} for name in ("v5e:8x8", "v5p:4x4x4", "v6e:8x8")}
+_AS_CONFIGURED: Mapping[str, Any] = MappingProxyType({})
+_SHARED = {"train.mesh.sequence": 2, _ACCUMULATION: 2}
+
+
+def _v4(stage: int, why: str, on_v5e: Mapping[str, Any] = _AS_CONFIGURED) -> Recipe:
+    machines: dict[str, Mapping[str, Any]] = {"v5e:8x8": on_v5e, "v5p:4x4x4": {}, "v6e:8x8": {}}
     return Recipe(
         f"v4, stage {stage}", f"configs/uhd_v4.py:stage{stage}", machines | {"8xh100": {_ACCUMULATION: 8}}, why
     )
@@ -53,9 +58,19 @@ RECIPES: tuple[Recipe, ...] = (
         4,
         "64 rows, on 64 devices one each, the published layout. Everything is trained.",
     ),
-    _v4(3, "The longest rows, 10,240 tokens and 114 views; everything is trained."),
+    _v4(
+        3,
+        "The longest rows, 10,240 tokens and 114 views; everything is trained. On v5e two devices share the tokens of "
+        "a row: one alone would need 17.9 GiB.",
+        _SHARED,
+    ),
     _v4(1, "Thumbnails and short rows; tower, compressor and connector are trained, the decoder passes gradients on."),
-    _v4(2, "As stage 4, but the decoder is frozen: it has neither moments nor gradients."),
+    _v4(
+        2,
+        "Rows of 8,192 tokens and 91 views, and the decoder is frozen: it has neither moments nor gradients. On v5e "
+        "two devices share the tokens of a row: one alone would need 16.2 GiB.",
+        _SHARED,
+    ),
     Recipe(
         "v2 with Vicuna-7B, stage 2",
         "configs/uhd_v2.py:stage2",
