@@ -117,14 +117,17 @@ def test_a_terminal_without_width_gets_plain_lines(columns, bar):
     assert ("/10 [" in shown) is bar
 
 
-def test_warnings_are_said_above_the_bar_and_nowhere_else(caplog):
+def test_what_is_logged_is_said_above_the_bar_and_nowhere_else(caplog):
     stream = Terminal()
     logger = logging.getLogger("uhd_jax.data.pipeline")
     console = Console(10, 2, stream)
     logger.warning("%s: no image", "a.jsonl:3")
+    logger.info("planned")
     console.close()
     logger.warning("later")
+    logger.info("much later")
     assert "\ra.jsonl:3: no image\n" in stream.getvalue() and "later" not in stream.getvalue()
+    assert "planned\n" in stream.getvalue()
     assert caplog.messages == ["later"]
 
 

@@ -159,15 +159,16 @@ class TensorBoardWriter:
 class Console:
     """A progress bar on a terminal; elsewhere one plain line per record and message.
 
-    Until it is closed it also shows the package's warnings, which would otherwise tear the bar.
+    Until it is closed it also shows what the package logs, which would otherwise tear the bar.
     """
 
     def __init__(self, total_steps: int, step: int, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
         self._total = total_steps
         self._bar = None
-        self._warnings = _Said(self.say)
-        _LOGGER.addHandler(self._warnings)
+        self._logged, self._level = _Said(self.say, logging.INFO), _LOGGER.level
+        _LOGGER.addHandler(self._logged)
+        _LOGGER.setLevel(logging.INFO)
         _LOGGER.propagate = False
         if self._stream.isatty() and _has_width(self._stream):
             self._bar = tqdm(total=total_steps, initial=step, unit="step", file=self._stream, dynamic_ncols=True)
@@ -198,7 +199,8 @@ class Console:
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
-        _LOGGER.removeHandler(self._warnings)
+        _LOGGER.removeHandler(self._logged)
+        _LOGGER.setLevel(self._level)
         _LOGGER.propagate = True
         if self._bar is not None:
             self._bar.close()
@@ -233,8 +235,8 @@ _LOGGER = logging.getLogger("uhd_jax")
 class _Said(logging.Handler):
     """Says what is logged."""
 
-    def __init__(self, say: Callable[[str], None]):
-        super().__init__(logging.WARNING)
+    def __init__(self, say: Callable[[str], None], level: int = logging.WARNING):
+        super().__init__(level)
         self._say = say
 
     def emit(self, record: logging.LogRecord) -> None:
