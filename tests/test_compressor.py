@@ -20,13 +20,14 @@ D = "window_attention_reused_mlp"
 
 
 def _init(kind: str, seed: int = 0) -> dict:
-    return Compressor(kind, CONFIG, jnp.float32).init(jax.random.key(seed), jnp.zeros((1, 4, 32))).get("params", {})
+    module = Compressor(kind, CONFIG, jnp.float32)
+    return jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, 4, 32))).get("params", {})
 
 
 def _layer(seed: int = 1) -> dict:
-    params = TowerLayer(CONFIG, jnp.float32).init(jax.random.key(seed), jnp.zeros((1, 4, 32)), None)["params"]
+    params = jax.jit(TowerLayer(CONFIG, jnp.float32).init)(jax.random.key(seed), jnp.zeros((1, 4, 32)), None)["params"]
     random = np.random.default_rng(seed + 1)
-    return jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape).astype(np.float32), params)
+    return jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1 * random.normal(size=leaf.shape).astype(np.float32), params)
 
 
 def _apply(kind: str, params: dict, x: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ every_module = pytest.mark.parametrize("name", MODULES)
 @functools.cache
 def _params(name: str) -> dict:
     views = jnp.zeros((1, 4, 8)), jnp.full((1, 2), 2), jnp.zeros((1, 4, PIXELS))
-    return MODULES[name].init(jax.random.key(0), *views)["params"]
+    return jax.jit(MODULES[name].init)(jax.random.key(0), *views)["params"]
 
 
 def _views(grids: list, room: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

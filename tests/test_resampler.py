@@ -31,9 +31,9 @@ every_module = pytest.mark.parametrize("name", MODULES)
 @functools.cache
 def _params(name: str) -> dict:
     views = jnp.zeros((1, 4, 8)), jnp.full((1, 2), 2), jnp.zeros((1, 4, PIXELS))
-    params = MODULES[name].init(jax.random.key(0), *views)["params"]
+    params = jax.jit(MODULES[name].init)(jax.random.key(0), *views)["params"]
     random = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: leaf + 0.3 * random.normal(size=leaf.shape).astype(np.float32), params)
+    return jax.tree.map(lambda leaf: np.asarray(leaf) + 0.3 * random.normal(size=leaf.shape).astype(np.float32), params)
 
 
 def _features(grids: list, room: int, depth: int) -> np.ndarray:
@@ -166,7 +166,7 @@ def test_rounded_window_borders():
 def test_start_values():
     module = SpatialResampler(ConnectorConfig("spatial_resampler", query_side=4), 128, 2, jnp.float32)
     views = jnp.zeros((1, 4, 96)), jnp.full((1, 2), 2), jnp.zeros((1, 4, PIXELS))
-    params = module.init(jax.random.key(0), *views)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), *views)["params"]
     np.testing.assert_array_equal(params["position_table"], position_table(4, 128))
     deviations = {
         "queries": (params["queries"], 0.02),

@@ -41,7 +41,7 @@ def test_groups():
 )
 def test_a_decoder_read_layer_by_layer(config, dtype):
     config = dataclasses.replace(config, dtype=dtype)
-    params = decode.as_computed(uhd.init_params(config, jax.random.key(0)), config)
+    params = decode.as_computed(jax.jit(functools.partial(uhd.init_params, config))(jax.random.key(0)), config)
     read = decode.as_read(params)
     assert isinstance(read["decoder"]["layers"], Apart) and read["tower"] is params["tower"]
     assert decode.as_read(read) is read
