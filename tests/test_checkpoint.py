@@ -133,6 +133,19 @@ def test_how_long_and_how_often_may_differ():
     assert differing_keys(to_dict(tiny.run()), to_dict(longer)) == []
 
 
+def test_a_run_goes_on_with_another_index_and_without_one():
+    def run(**data):
+        stage = tiny.stage()
+        return to_dict(tiny.run([dataclasses.replace(stage, data=dataclasses.replace(stage.data, **data))]))
+
+    without = run()
+    assert differing_keys(without, run(index="a.npz")) == []
+    del without["train"]["stages"][0]["data"]["index"]  # as before there were any
+    assert differing_keys(without, run()) == differing_keys(run(), without) == []
+    parts = [[{"name": "a", "source": "s", "options": {}, "weight": 1.0} | more] for more in ({}, {"index": "a.npz"})]
+    assert differing_keys(*(run(options={"parts": one}) for one in parts)) == []
+
+
 def test_the_longest_input_that_a_source_named_makes_no_other_model():
     config = tiny.run()
     model = dataclasses.replace(config.model, decoder=dataclasses.replace(config.model.decoder, max_positions=64))

@@ -1,9 +1,11 @@
 """Batches planned from an index are those planned from the data, and of other hosts' samples nothing is read."""
 
 import dataclasses
+import gc
 import json
 import logging
 import pickle
+import tempfile
 import threading
 from collections import Counter
 
@@ -22,11 +24,13 @@ from uhd_jax.config import (
     StageConfig,
     TrainConfig,
 )
+from uhd_jax.data import index as indexing
 from uhd_jax.data import known as knowing
 from uhd_jax.data.index import index_path, known_samples, open_index
 from uhd_jax.data.known import Known, bits_of
-from uhd_jax.data.sources import make_source
+from uhd_jax.data.sources import SourceError, check_data, make_source
 from uhd_jax.data.windows import COUNTERS, MALFORMED, REFUSED
+from uhd_jax.slicing.sizes import Size
 from uhd_jax.training import batches as batches_of_stages
 from uhd_jax.training.batches import make_batches
 
@@ -238,6 +242,64 @@ def test_an_index_that_does_not_suit_is_not_used(tmp_path, caplog):
     assert known_samples(data, make_source(data), CHAT, TOKENIZER) is None and not caplog.text
 
 
+def test_a_form_that_was_added_while_rows_could_not_be_read_leaves_them_to_be_read(tmp_path, monkeypatch):
+    data, other = write(tmp_path / "data"), ChatConfig(system="Other.")
+    source, known = indexed(data)
+    messages = type(source).messages
+
+    def fails_at_times(self, index):
+        if index % 10 == 2:
+            raise SourceError("no answer")
+        return messages(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(source), "messages", fails_at_times)
+        patch.setattr(indexing, "_COMPARED", 1)
+        open_index(data, [other], path=index_path(data))
+        added = known_samples(data, source, other, TOKENIZER)
+    lost = {n for n in range(60) if known.get(n) and not added.get(n)}
+    assert lost == {n for n in range(60) if n % 10 == 2 and known.get(n)} and len(lost) > 3
+
+
+def test_an_image_of_half_its_size_does_not_pass_for_one_decoded_smaller(tmp_path):
+    data = write(tmp_path / "data")
+    source, known = indexed(data)
+    for path in (tmp_path / "data").glob("*.png"):
+        if path.stem.isdecimal():
+            with Image.open(path) as image:
+                image.resize((image.width // 2, image.height // 2)).save(path, "JPEG")
+    batches = iterator(source, known=known, train={"jpeg_draft": True, "max_broken_samples": 1.0}, **STAGE)
+    found = take(batches, 4)
+    batches.close()
+    assert sum(info.images for _, info in found) < 10  # of samples that did not fit whole, and were read again
+    assert found[-1][1].counters[REFUSED] > 10
+
+
+def test_a_mixture_has_no_index_of_its_own(data):
+    mixture = DataConfig("mixture", {"parts": [{"name": "a", "source": "json", "weight": 1.0}]}, index="a.npz")
+    with pytest.raises(ConfigError, match=r"data\.index: a mixture has none of its own"):
+        check_data(mixture)
+
+
+def test_an_index_lies_on_a_disk(data):
+    there = dataclasses.replace(data, index="gs://bucket/a.npz")
+    with pytest.raises(ConfigError, match="gs://bucket/a.npz: is written and read on a local disk"):
+        known_samples(there, make_source(there), CHAT, TOKENIZER)
+
+
+def test_a_damaged_index_is_not_used(tmp_path, caplog):
+    data = write(tmp_path / "data")
+    source, _ = indexed(data)
+    whole, rng = index_path(data).read_bytes(), np.random.default_rng(0)
+    for _ in range(40):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole), 3):
+            damaged[place] ^= int(rng.integers(1, 256))
+        index_path(data).write_bytes(damaged)
+        known_samples(data, source, CHAT, TOKENIZER)  # not used, or what was hit means nothing
+    assert "is no index of this data as it is now, and is not used" in caplog.text
+
+
 def test_an_index_that_is_named_has_to_suit(tmp_path):
     data = dataclasses.replace(write(tmp_path / "data"), index=str(tmp_path / "other.npz"))
     source = make_source(data)
@@ -251,24 +313,23 @@ def test_an_index_that_is_named_has_to_suit(tmp_path):
 
 
 def test_much_is_mapped_and_not_copied(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     small = known_of(Numbered())
-    assert not list(tmp_path.rglob("*.npy"))
     count = 100_000
-    args = (
-        np.arange(count + 1),
-        np.full((count, 2), 100, np.int32),
-        np.full(count, 9, np.int32),
-        np.zeros(count, np.int8),
-    )
-    large = Known(*args)
-    assert len(pickle.dumps(large)) < 1000 < len(pickle.dumps(small))
+    sizes, tokens, bits = np.full((count, 2), 100, np.int32), np.full(count, 9, np.int32), np.zeros(count, np.int8)
+    large = Known(np.arange(count + 1), sizes, tokens, bits)
+    assert len(pickle.dumps(small)) > 1000 and not list(tmp_path.iterdir())
+    assert len(pickle.dumps(large)) < 1000 and len(list(tmp_path.rglob("*.npy"))) == 4
     for one in (small, large):
         copied = pickle.loads(pickle.dumps(one))
         assert copied.digest == one.digest and [copied.get(n) for n in range(40)] == [one.get(n) for n in range(40)]
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # nothing can be written below
-    assert pickle.loads(pickle.dumps(Known(*args))).get(7) == large.get(7)
+    del large, one
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+    assert copied.get(7).sizes == [Size(100, 100)]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    again = Known(np.arange(count + 1), sizes, tokens, bits)
+    assert pickle.loads(pickle.dumps(again)).get(7) == again.get(7) == copied.get(7)
 
 
 def test_texts_alone():
@@ -276,6 +337,14 @@ def test_texts_alone():
     batches, without = iterator(source, known=known), iterator(source)
     assert all(equal(a[0], b[0]) for a, b in zip(take(batches, 3), take(without, 3), strict=True))
     batches.close(), without.close()
+
+
+def test_an_index_that_one_host_lacks_ends_all(data, monkeypatch):
+    stage = StageConfig("s", data, 1, 4, 200, 1.0, 0.0, ("tower",), buckets=BUCKETS)
+    config = RunConfig("n", MODEL, TrainConfig((stage,), packing_window=24))
+    monkeypatch.setattr(batches_of_stages, "all_agree", lambda here: False)
+    with pytest.raises(ConfigError, match="another process cannot use the index"), make_batches(config, 0):
+        pass
 
 
 @pytest.mark.parametrize(("first", "used"), [("same", True), ("other", False)])

@@ -131,6 +131,18 @@ def test_what_is_logged_is_said_above_the_bar_and_nowhere_else(caplog):
     assert caplog.messages == ["later"]
 
 
+def test_a_level_that_is_set_is_kept():
+    logger, stream = logging.getLogger("uhd_jax"), Terminal()
+    logger.setLevel(logging.ERROR)
+    try:
+        console = Console(10, 2, stream)
+        logger.warning("not wanted")
+        console.close()
+        assert logger.level == logging.ERROR and "not wanted" not in stream.getvalue()
+    finally:
+        logger.setLevel(logging.NOTSET)
+
+
 def test_meter_sums_and_starts_anew():
     meter = Meter()
     fill = Fill.of(tiny.batch(0), {"images": 8})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import source_files
 import tiny
 from command_line import call
 from processes import (
@@ -267,6 +268,20 @@ def test_as_many_processes_as_you_like_have_the_losses_of_one(together, tmp_path
     assert all(of_process == buckets[0] for of_process in buckets), buckets
     assert len(buckets[0]) >= 8 and len(set(buckets[0])) == 3
     assert len({tuple(count for _, count in of_process) for of_process in met}) > 1
+
+
+def test_processes_plan_from_an_index(together, tmp_path, capsys):
+    options = source_files.write_llava(tmp_path)
+    data = {"source": "json", "options": options}
+    config = write(tmp_path / "config.py", f"stages=(dict(stage, data={data}, packed_length=256, max_slices=2),)")
+    curves = []
+    for name in ("without", "with"):
+        statuses, shown = ended(together(tmp_path / name, config, 2))
+        assert statuses == [0, 0], shown
+        assert ("samples are planned from an index" in shown[0]) == (name == "with")
+        curves.append(curve(tmp_path / name))
+        assert call(capsys, "data", "index", f"--config={config}")[0] == 0
+    assert curves[0] == curves[1]
 
 
 @pytest.mark.parametrize("of", [(1,), (0, 1)])

@@ -148,7 +148,7 @@ def test_where_nothing_can_be_written_beside_the_file_the_index_goes_to_the_cach
     (tmp_path / "data" / ".data.jsonl.rows.npy").mkdir()  # cannot be replaced by a file
     assert len(make_source(DataConfig("json", options))) == 8
     assert [path.suffix for path in (tmp_path / "cache" / "uhd_jax").iterdir()] == [".npy"]
-    monkeypatch.setattr(stored, "store", None)  # is not needed again
+    monkeypatch.setattr(stored, "_store", None)  # is not needed again
     assert len(make_source(DataConfig("json", options))) == 8
 
 

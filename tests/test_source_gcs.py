@@ -28,25 +28,24 @@ def there(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    patch = pytest.MonkeyPatch()
-    patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")  # for gcsfs
-    patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{port}")  # for ArrayRecord
-    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="shared")
-    server.start()
-    fsspec.filesystem("gs").clear_instance_cache()
-    found = {}
-    for name in NAMES:
-        folder = tmp_path_factory.mktemp("local") / name.replace(" ", "-")
-        folder.mkdir()
-        kind, write = WRITE[name]
-        options = {key: value.replace(str(folder.parent), "gs://shared") for key, value in write(folder).items()}
-        fsspec.filesystem("gs").put(str(folder), "gs://shared/", recursive=True)
-        found[name] = DataConfig(kind, options)
-    yield found
-    server.stop()
-    fsspec.filesystem("gs").clear_instance_cache()
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")  # for gcsfs
+        patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{port}")  # for ArrayRecord
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="shared")
+        server.start()
+        fsspec.filesystem("gs").clear_instance_cache()
+        found = {}
+        for name in NAMES:
+            folder = tmp_path_factory.mktemp("local") / name.replace(" ", "-")
+            folder.mkdir()
+            kind, write = WRITE[name]
+            options = {key: value.replace(str(folder.parent), "gs://shared") for key, value in write(folder).items()}
+            fsspec.filesystem("gs").put(str(folder), "gs://shared/", recursive=True)
+            found[name] = DataConfig(kind, options)
+        yield found
+        server.stop()
+        fsspec.filesystem("gs").clear_instance_cache()
 
 
 @pytest.fixture(scope="module")

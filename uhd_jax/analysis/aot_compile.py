@@ -7,7 +7,6 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -129,8 +128,8 @@ def compile_step(config: RunConfig, stage: StageConfig, target: Target, effort: 
     started = time.monotonic()
     attention = model.attention if model.attention != "auto" else "splash"
     try:
-        with _effort(effort):
-            compiled = lowered.compile(compiler_options=OPTIONS[target.chip.platform])
+        options = OPTIONS[target.chip.platform] | {"exec_time_optimization_effort": effort}
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         needed = needed_bytes(str(error))
         if needed is None:
@@ -142,17 +141,6 @@ def compile_step(config: RunConfig, stage: StageConfig, target: Target, effort: 
     peak = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporary"] + memory["code"]
     fits = peak <= target.chip.memory_bytes
     return Compiled(mesh, bucket, attention, lower_seconds, seconds, memory, peak, fits, compiled.as_text())
-
-
-@contextlib.contextmanager
-def _effort(effort: float) -> Iterator[None]:
-    """Sets JAX's option, which is no compiler option of a single program."""
-    before = jax.config.jax_exec_time_optimization_effort
-    jax.config.update("jax_exec_time_optimization_effort", effort)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_exec_time_optimization_effort", before)
 
 
 def memory_of(compiled: Any) -> dict[str, int]:

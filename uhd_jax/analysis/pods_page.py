@@ -58,8 +58,9 @@ Network: to other slices or hosts, per device.
 
 ## Recipes
 
-Choices that all share: float32 state split over `fsdp` alone, which is the whole slice; bfloat16 computation; remat
-`full`, that is, each layer keeps its input alone. Micro-batches where a step's rows would not fit at one time.
+Choices that all share: float32 state split over `fsdp`, which is the whole slice where the table says nothing else;
+bfloat16 computation; remat `full`, that is, each layer keeps its input alone. Micro-batches where a step's rows would
+not fit at one time.
 
 @RECIPES@
 
@@ -179,8 +180,9 @@ def _effort(reports: Reports, quick: Reports) -> str:
     rows = [("recipe", "machine", *(f"{name}{more}" for name in names for more in ("", ", effort -1")))]
     for recipe in RECIPES:
         for topology in recipe.machines:
-            both = [one[name] for one in (reports, quick) if (name := recipe.file(topology)) in one]
-            if len(both) == 2:
+            name = recipe.file(topology)
+            both = [reports.get(name, {}), quick.get(name, {})]
+            if [one.get("effort", 0 if one else None) for one in both] == [0, -1]:
                 memory = [f"{one['peak_memory_bytes'] / GIB:.2f}" for one in both]
                 wire = [f"{_wire(one) / 1e9:.1f}" for one in both]
                 seconds = [f"{one['compile_seconds']:.0f} s" for one in both]

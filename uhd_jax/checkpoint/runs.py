@@ -30,6 +30,7 @@ RESUMABLE = (
     r"train\.(max_bad_steps|max_broken_samples|checksum_every|hang_seconds|hang_exits)",
     r"train\.mesh\.\w+",
     r"train\.stages\.\d+\.(steps|accumulation|data\.options\.(parts\.\d+\.options\.)?(path|image_root|row_groups))",
+    r"train\.stages\.\d+\.data\.(options\.parts\.\d+\.)?index",
 )
 
 

@@ -78,12 +78,13 @@ def _train(workdir: Path, config: RunConfig) -> TrainResult:
 
     from uhd_jax import __version__
     from uhd_jax.checkpoint import newest_step
+    from uhd_jax.sharding import multihost
     from uhd_jax.training.batches import make_batches
     from uhd_jax.training.loop import train
 
     is_first = jax.process_index() == 0
     summary = workdir / "trained.json"
-    if newest_step(workdir) is None:
+    if multihost.all_agree(newest_step(workdir) is None):  # of storage that was just written they may see other states
         for index in range(len(config.train.stages)):
             with make_batches(config, index):
                 pass  # what is wrong with the data of the last stage is better known now than when it begins

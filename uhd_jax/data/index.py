@@ -8,6 +8,7 @@ again, to plan rows and to describe the data.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import glob
@@ -17,6 +18,7 @@ import logging
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +30,8 @@ from uhd_jax.data import workers
 from uhd_jax.data.chat import ChatError, ImagePart, encode_chat
 from uhd_jax.data.images import ImageFolder, images_below
 from uhd_jax.data.known import REFERENCE, Known, bits_of
-from uhd_jax.data.sources import SOURCES, Source, SourceError, check_data, make_source
-from uhd_jax.data.sources.files import DataFile, find_files
+from uhd_jax.data.sources import SOURCES, Source, SourceError, check_data, facts_of, make_source
+from uhd_jax.data.sources.files import DataFile, find_files, is_url
 from uhd_jax.data.sources.mixture import MixtureOptions
 from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from uhd_jax.data.windows import MALFORMED, REFUSED, says_something
@@ -38,7 +40,8 @@ from uhd_jax.slicing.plan import ImageRefused, Size
 SUFFIX = ".uhd-index.npz"
 STRETCH = 512  # samples that a worker reads at a time
 _VERSION = 1
-_COMPARED = 16  # samples read anew before an index is used again: what stands in a folder shows no time of change
+_COMPARED = 256  # samples read anew before an index is used again: what stands in a folder shows no time of change
+_READERS = 16  # threads for that
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +95,14 @@ def chat_key(chat: ChatConfig, tokenizer: Tokenizer) -> str:
 
 def index_path(data: DataConfig) -> Path | None:
     """Where an index is kept: in the file that `data` names, else beside the file, or in the folder, that the source
-    names; None where it names none."""
+    names; None where it names none.
+
+    Raises:
+      ConfigError: the file that `data` names lies in a bucket.
+    """
     if data.index:
+        if is_url(data.index):
+            raise ConfigError(f"index: {data.index}: is written and read on a local disk; name a path there")
         return Path(data.index)
     name = data.options.get("path")
     if not isinstance(name, str) or not (os.path.exists(name) or _matches(name)):
@@ -147,13 +156,17 @@ def open_index(
     stamp = _stamp(data, len(source), limits)
     kept = _kept(path, stamp, source, tokenizers) if path else None
     missing = [chat for key, (chat, _) in tokenizers.items() if kept is None or key not in kept.texts]
-    if kept and not missing:
+    if kept is not None and not missing:
         return kept, False
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)  # not only when all is read
     made = _make(_Job(data, limits, tuple(missing), kept is None), len(source), processes, progress)
-    if kept:
+    if kept is not None:
         for texts in made.texts.values():
             for array in (texts.tokens, texts.trained):
                 array[list(kept.troubles)] = 0  # whose images nobody has looked at this time
+        for texts in made.texts.values():  # of rows that cannot be read this time nothing is known
+            texts.troubles.update({row: trouble for row, trouble in made.troubles.items() if row not in kept.troubles})
         made = dataclasses.replace(kept, texts={**kept.texts, **made.texts})
     if path:
         _save(path, made, stamp)
@@ -224,8 +237,8 @@ def known_samples(
     mixed = isinstance(options, MixtureOptions)
     parts = list(zip(parts_of(options), source.sources, strict=True)) if mixed else [(data, source)]
     key = chat_key(chat, tokenizer)
-    found = [_usable(part, opened, key, (chat, tokenizer), limits) for part, opened in parts]
-    if not any(found):
+    found = [_usable(part, opened, {key: (chat, tokenizer)}, limits) for part, opened in parts]
+    if all(index is None for index in found):
         return None
     starts, sizes, tokens, bits = [np.zeros(1, np.int64)], [], [], []
     for (_, opened), index in zip(parts, found, strict=True):
@@ -244,22 +257,26 @@ def known_samples(
 
 
 def _usable(
-    data: DataConfig, source: Source, key: str, form: tuple[ChatConfig, Tokenizer], limits: ImageLimits
+    data: DataConfig, source: Source, form: Mapping[str, tuple[ChatConfig, Tokenizer]], limits: ImageLimits
 ) -> DataIndex | None:
-    """The index of a source that is no mixture, if it is right and has the lengths of a prompt form."""
+    """The index of a source that is no mixture, if it is right and has the lengths of a prompt form, by its key."""
     path = index_path(data)
     if path is None or not (data.index or path.is_file()):
         return None
-    index = _kept(path, _stamp(data, len(source), limits), source, {key: form})
-    if index and key in index.texts:
+    index = _kept(path, _stamp(data, len(source), limits), source, form)
+    if index is not None and form.keys() <= index.texts.keys():
         return index
-    if index:
+    if index is not None:
         trouble = "has no lengths of texts in this stage's prompt form"
     else:
         trouble = "is no index of this data as it is now" if path.is_file() else "is not there"
     if data.index:
         raise ConfigError(f"index: {path} {trouble}; make it anew with uhd-jax data index")
-    logger.warning("%s %s, and is not used; uhd-jax data index makes it anew", path, trouble)
+    logger.warning(
+        "%s %s, and is not used; uhd-jax data index makes it anew, or in another place that data.index names",
+        path,
+        trouble,
+    )
     return None
 
 
@@ -272,6 +289,11 @@ class Measured(NamedTuple):
     texts: dict[str, tuple[int, int] | Trouble]  # tokens and trained tokens by `chat_key`
 
 
+def _where(source: Source, sample: int) -> str:
+    named = getattr(source, "where", None)  # a source of the user's own may lack it
+    return named(sample) if named else ""
+
+
 def measure(
     source: Source, sample: int, chats: Mapping[str, tuple[ChatConfig, Tokenizer]], sizes: bool = True
 ) -> Measured:
@@ -282,7 +304,7 @@ def measure(
     except ImageRefused as error:
         return Measured([], False, Trouble(REFUSED, str(error)), {})
     except SourceError as error:
-        return Measured([], False, Trouble(MALFORMED, str(error).removeprefix(f"{source.where(sample)}: ")), {})
+        return Measured([], False, Trouble(MALFORMED, str(error).removeprefix(f"{_where(source, sample)}: ")), {})
     parts = [part for message in messages for part in message.parts if not isinstance(part, str)]
     images = sum(1 if isinstance(part, ImagePart) else part.pictures for part in parts)
     if sizes and images != len(found):
@@ -352,14 +374,16 @@ def _kept(
 ) -> DataIndex | None:
     """The index of a file, if it is of this data and some samples are still what it says."""
     kept = _load(path, stamp)
-    return kept if kept and _still_right(kept, source, tokenizers) else None
+    return kept if kept is not None and _still_right(kept, source, tokenizers) else None
 
 
 def _still_right(kept: DataIndex, source: Source, tokenizers: Mapping[str, tuple[ChatConfig, Tokenizer]]) -> bool:
     """Whether some samples, evenly spread, are still what the index says."""
     known = {key: pair for key, pair in tokenizers.items() if key in kept.texts}
-    for sample in np.linspace(0, len(kept) - 1, min(len(kept), _COMPARED)).astype(int).tolist():
-        measured = measure(source, sample, known)
+    spread = np.linspace(0, len(kept) - 1, min(len(kept), _COMPARED)).astype(int).tolist()
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:  # a bucket takes its time over each
+        looked_at = list(pool.map(lambda sample: measure(source, sample, known), spread))
+    for sample, measured in zip(spread, looked_at, strict=True):
         if measured.sizes != kept.sizes_of(sample) or (measured.trouble is None) == (sample in kept.troubles):
             return False
         for key, length in measured.texts.items():
@@ -376,7 +400,7 @@ def data_stamp(data: DataConfig) -> list[Any]:
     Raises:
       SourceError: the path names no file.
     """
-    facts: list[Any] = [{key: value for key, value in to_dict(data).items() if key != "index"}]
+    facts: list[Any] = [facts_of(data)]
     parts = [(part["source"], part.get("options", {})) for part in data.options.get("parts", ())]
     for source, options in [(data.source, data.options), *parts]:
         if isinstance(path := options.get("path"), str):
@@ -435,7 +459,7 @@ def _load(path: Path, stamp: Mapping[str, Any]) -> DataIndex | None:
             }
             troubles = _from_json(meta["troubles"])
             return DataIndex(arrays["starts"], arrays["sizes"], arrays["answered"], troubles, texts)
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
         return None
 
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from uhd_jax.config import ChatConfig
 from uhd_jax.data.chat import ImagePart, Message, encode_chat
-from uhd_jax.data.sources.stored import cache_folder, store
 from uhd_jax.data.tokenizer import Tokenizer
 from uhd_jax.slicing.plan import Plan, ViewPlan
 from uhd_jax.slicing.sizes import Grid, Size
@@ -38,8 +38,8 @@ class KnownSample(NamedTuple):
 
 
 class Known:
-    """What an index says of N samples. Where that is much it is mapped from the user's cache, and copies of it in
-    other processes take no memory.
+    """What an index says of N samples. A copy in another process takes no memory where that would be much: it maps a
+    file of this process, which is gone when this object is.
 
     Args:
       starts: int64[N + 1]; images of sample i are sizes[starts[i]:starts[i + 1]].
@@ -48,16 +48,10 @@ class Known:
       bits: int8[N] of `bits_of`.
     """
 
-    def __init__(self, starts: np.ndarray, sizes: np.ndarray, tokens: np.ndarray, bits: np.ndarray):
+    def __init__(self, starts: np.ndarray, sizes: np.ndarray, tokens: np.ndarray, bits: np.ndarray, digest: str = ""):
         self._arrays = starts, sizes, tokens, bits
-        digest = hashlib.sha256()
-        for array in self._arrays:
-            digest.update(array.tobytes())
-        self.digest = digest.hexdigest()[:16]
-        large = sum(array.nbytes for array in self._arrays) > _SMALL
-        self._folder = _map(self._arrays, self.digest) if large else None
-        if self._folder:
-            self._arrays = _mapped(self._folder)
+        self._folder: tempfile.TemporaryDirectory | None = None
+        self.digest = digest or _digest(self._arrays)
 
     @property
     def count(self) -> int:
@@ -73,13 +67,29 @@ class Known:
         found = [Size(*size) for size in sizes[starts[sample] : starts[sample + 1]].tolist()]
         return KnownSample(found, int(tokens[sample]), bool(its & _TRAINED), bool(its & _ANSWERED))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | ({"_arrays": None} if self._folder else {})
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._folder is None and sum(array.nbytes for array in self._arrays) > _SMALL:
+            with contextlib.suppress(OSError):  # no room: they are copied
+                folder = tempfile.TemporaryDirectory(prefix="uhd_jax-known-", ignore_cleanup_errors=True)
+                for number, array in enumerate(self._arrays):
+                    np.save(os.path.join(folder.name, f"{number}.npy"), array)
+                self._folder = folder
+        if self._folder is not None:
+            return _mapped, (self._folder.name, self.digest)
+        return Known, (*self._arrays, self.digest)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._folder:
-            self._arrays = _mapped(self._folder)
+
+def _mapped(folder: str, digest: str) -> Known:
+    """The copy of a `Known` whose arrays lie in a folder."""
+    paths = [os.path.join(folder, f"{number}.npy") for number in range(4)]
+    return Known(*(np.load(path, mmap_mode="r", allow_pickle=False) for path in paths), digest)
+
+
+def _digest(arrays: Sequence[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]
 
 
 def bits_of(answered: np.ndarray, trained: np.ndarray, unknown: Sequence[int]) -> np.ndarray:
@@ -87,21 +97,6 @@ def bits_of(answered: np.ndarray, trained: np.ndarray, unknown: Sequence[int]) -
     bits = (_ANSWERED * answered + _TRAINED * (trained > 0)).astype(np.int8)
     bits[np.asarray(unknown, np.int64)] = _READ
     return bits
-
-
-def _map(arrays: Sequence[np.ndarray], digest: str) -> Path | None:
-    """The folder where the arrays are kept from now on; None where nothing can be written."""
-    folder = cache_folder() / "known" / digest
-    with contextlib.suppress(OSError):
-        for number, array in enumerate(arrays):
-            if not (place := folder / f"{number}.npy").is_file():
-                store(place, array)
-        return folder
-    return None
-
-
-def _mapped(folder: Path) -> tuple[np.ndarray, ...]:
-    return tuple(np.load(folder / f"{number}.npy", mmap_mode="r", allow_pickle=False) for number in range(4))
 
 
 class BlockTokens:

@@ -28,7 +28,7 @@ from uhd_jax.config import DataConfig, ImageLimits, to_dict
 from uhd_jax.data import record_format, workers
 from uhd_jax.data.index import data_stamp
 from uhd_jax.data.record_format import PackedSample, RecordError
-from uhd_jax.data.sources import Source, SourceError, make_source
+from uhd_jax.data.sources import Source, SourceError, facts_of, make_source
 from uhd_jax.data.windows import MALFORMED, REFUSED
 from uhd_jax.slicing.plan import ImageRefused
 
@@ -89,7 +89,7 @@ def _pack(
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     count = len(make_source(data, limits))
-    facts = {"format": _FORMAT, "data": to_dict(data), "limits": to_dict(limits), "shard_samples": shard_samples}
+    facts = {"format": _FORMAT, "data": facts_of(data), "limits": to_dict(limits), "shard_samples": shard_samples}
     facts |= {"source_samples": count, "stamp": data_stamp(data)}
     facts = json.loads(json.dumps(facts))
     summary = _summary(folder, facts)

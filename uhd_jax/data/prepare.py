@@ -134,8 +134,11 @@ class Preparer:
         messages = self.source.messages(prepared.index)
         sample = encode_chat(messages, prepared.plans, self._tokenizer, self.model.chat)
         if sample.needs != prepared.needs or not sample.trained.any():
-            found, said = len(sample.tokens), prepared.needs.tokens
-            raise SourceError(f"{found} tokens where its index says {said}; make the index anew: uhd-jax data index")
+            found, said = sample.needs, prepared.needs
+            raise SourceError(
+                f"its index says {said.tokens} tokens and {said.views} views, some of them trained, but it has "
+                f"{found.tokens}, {found.views} and {sample.trained.sum()}; make the index anew: uhd-jax data index"
+            )
         return sample
 
     def smallest(self, index: int, epoch: int, messages: Sequence[Message], sizes: Sequence[Size]) -> Prepared:
@@ -158,6 +161,11 @@ class Preparer:
         rooms, views = iter(into or ()), []
         patch_size = self.model.tower.patch_size
         least: list[Size | None] = [None] * prepared.first_image
+        if self._jpeg_draft and prepared.sample is None:
+            # An image that has a half of the size it was planned with would pass for one that was decoded smaller.
+            sizes = self.source.sizes(prepared.index)
+            if sizes != [alteration.image for alteration in prepared.alterations]:
+                raise ValueError(f"images are of {[tuple(size) for size in sizes]}, planned with other sizes")
         for plan, alteration in zip(prepared.plans, prepared.alterations, strict=True):
             least.append(least_size(plan) if self._jpeg_draft and not alteration.changes else None)
         pictures = pictures_of(self.source, prepared.index, least if self._jpeg_draft else ())[prepared.first_image :]

@@ -24,7 +24,7 @@ from uhd_jax.data.chat import ChatError, Message
 from uhd_jax.data.fitting import Reduction
 from uhd_jax.data.known import Known
 from uhd_jax.data.prepare import Prepared, Preparer
-from uhd_jax.data.sources import Source, SourceError
+from uhd_jax.data.sources import Source, SourceError, facts_of
 from uhd_jax.data.sources.mixture import Mixture, Stream
 from uhd_jax.data.tokenizer import Tokenizer
 from uhd_jax.slicing.plan import ImageRefused
@@ -109,10 +109,8 @@ class WindowPlanner:
         self.preparer = Preparer(source, stage, model, tokenizer, self._seed, train.jpeg_draft)
         self.epoch = self._stream.epoch
         self.buckets = self._given_buckets() or self._planned_buckets()
-        data = to_dict(stage.data)
-        parts = data["options"].get("parts", ())
-        for one in (data, *parts):
-            one.pop("index", None)  # with one or without, the batches are the same
+        data = facts_of(stage.data)
+        for one in (data, *data["options"].get("parts", ())):
             for name in ("path", "image_root"):  # they may be spelled differently, or moved; what stands there counts
                 one.get("options", {}).pop(name, None)
         spread = np.linspace(0, len(source) - 1, min(len(source), FINGERPRINT_SAMPLES)).astype(int)

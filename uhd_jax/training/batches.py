@@ -11,13 +11,13 @@ from typing import Any
 import jax
 
 from uhd_jax.batch import Batch
-from uhd_jax.config import RunConfig
+from uhd_jax.config import ConfigError, ModelConfig, RunConfig, StageConfig
 from uhd_jax.data.balance import imbalance
 from uhd_jax.data.index import known_samples
 from uhd_jax.data.known import Known
 from uhd_jax.data.pipeline import BatchIterator, make_iterator
-from uhd_jax.data.sources import make_source
-from uhd_jax.data.tokenizer import load_tokenizer
+from uhd_jax.data.sources import Source, make_source
+from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
 from uhd_jax.data.windows import DECODED
 from uhd_jax.sharding.mesh import make_mesh, row_shards
 from uhd_jax.sharding.multihost import all_agree, as_first, row_share
@@ -44,10 +44,7 @@ def make_batches(config: RunConfig, stage_index: int, workdir: Path | None = Non
     if config.train.jpeg_draft and workdir and jax.process_index() == 0:
         logger.warning("stage %r: train.jpeg_draft is on: large JPEGs are decoded smaller; pixels change", stage.name)
     tokenizer = load_tokenizer(model.chat.tokenizer, model.chat)
-    known = known_samples(stage.data, source, model.chat, tokenizer, config.model.slicing.limits)
-    if together and not _same_everywhere(known):
-        logger.warning("stage %r: the index is not the same on all hosts, and is not used", stage.name)
-        known = None
+    known = _known(config, stage, model, source, tokenizer)
     if known and jax.process_index() == 0:
         logger.info("stage %r: %d of %d samples are planned from an index", stage.name, known.count, len(source))
     batches = make_iterator(stage, model, config.train, source, tokenizer, process, dropped, together, known)
@@ -57,10 +54,24 @@ def make_batches(config: RunConfig, stage_index: int, workdir: Path | None = Non
         batches.close()
 
 
-def _same_everywhere(known: Known | None) -> bool:
-    """Whether all processes plan from the same index, or all from none: else their rows could differ."""
-    own = int(known.digest[:7], 16) + 1 if known else 0  # a positive int32
-    return all_agree([own] == as_first([own]))
+def _known(
+    config: RunConfig, stage: StageConfig, model: ModelConfig, source: Source, tokenizer: Tokenizer
+) -> Known | None:
+    """What is known of the samples, if that is the same in all processes: else their rows could differ."""
+    found = problem = None
+    try:
+        found = known_samples(stage.data, source, model.chat, tokenizer, config.model.slicing.limits)
+    except ConfigError as error:
+        problem = error
+    if not all_agree(problem is None):  # before one ends for which the others would wait
+        raise problem or ConfigError(
+            f"stage {stage.name!r}: another process cannot use the index that data.index names"
+        )
+    own = int(found.digest[:7], 16) + 1 if found else 0  # a positive int32
+    if all_agree([own] == as_first([own])):
+        return found
+    logger.warning("stage %r: the index is not the same on all hosts, and is not used", stage.name)
+    return None
 
 
 class StageBatches:

@@ -168,7 +168,8 @@ class Console:
         self._bar = None
         self._logged, self._level = _Said(self.say, logging.INFO), _LOGGER.level
         _LOGGER.addHandler(self._logged)
-        _LOGGER.setLevel(logging.INFO)
+        if self._level == logging.NOTSET:
+            _LOGGER.setLevel(logging.INFO)
         _LOGGER.propagate = False
         if self._stream.isatty() and _has_width(self._stream):
             self._bar = tqdm(total=total_steps, initial=step, unit="step", file=self._stream, dynamic_ncols=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from uhd_jax.config import ConfigError, DataConfig, ImageLimits, from_config_dict
+from uhd_jax.config import ConfigError, DataConfig, ImageLimits, from_config_dict, to_dict
 from uhd_jax.data.demo import DigitPages, DigitPagesOptions
 from uhd_jax.data.images import ImageFolder, ImagesOptions
 from uhd_jax.data.sources.array_record import ArrayRecordOptions, ArrayRecords
@@ -18,7 +19,17 @@ from uhd_jax.data.sources.records import Records, RecordsOptions
 from uhd_jax.data.sources.size_mix import SizeMix, SizeMixOptions
 from uhd_jax.data.sources.tar import TarOptions, TarShards
 
-__all__ = ["SOURCES", "Records", "Source", "SourceError", "SourceKind", "check_data", "make_source", "pictures_of"]
+__all__ = [
+    "SOURCES",
+    "Records",
+    "Source",
+    "SourceError",
+    "SourceKind",
+    "check_data",
+    "facts_of",
+    "make_source",
+    "pictures_of",
+]
 
 
 class SourceKind(NamedTuple):
@@ -59,11 +70,21 @@ def check_data(data: DataConfig, key: str = "data") -> Any:
         raise ConfigError(f"{key}.source: {data.source!r} is not one of {', '.join(SOURCES)}")
     options = from_config_dict(data.options, SOURCES[data.source].options, f"{key}.options")
     if isinstance(options, MixtureOptions):
+        if data.index:
+            raise ConfigError(f"{key}.index: a mixture has none of its own; name one in each of options.parts")
         for number, part in enumerate(options.parts):
             if part.source == "mixture":
                 raise ConfigError(f"{key}.options.parts[{number}].source: a mixture cannot be part of another")
             check_data(DataConfig(part.source, part.options), f"{key}.options.parts[{number}]")
     return options
+
+
+def facts_of(data: DataConfig) -> dict[str, Any]:
+    """A source and its options as JSON types, without indices: with one or without, the samples are the same."""
+    facts = to_dict(data)
+    for one in (facts, *(facts["options"].get("parts", ()) if data.source == "mixture" else ())):
+        one.pop("index", None)
+    return json.loads(json.dumps(facts))
 
 
 def make_source(data: DataConfig, limits: ImageLimits = ImageLimits(), key: str = "data") -> Source:

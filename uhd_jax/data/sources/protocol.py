@@ -17,7 +17,8 @@ class SourceError(ValueError):
 
 
 class Source(Protocol):
-    """Samples by number. Rows are planned from `sizes` and `messages`, so these two should be cheap.
+    """Samples by number. Rows are planned from `sizes` and `messages`, so these two should be cheap. Several threads
+    ask at once.
 
     Worker processes get a pickled copy: a source of files pickles as their names and opens them again.
     """

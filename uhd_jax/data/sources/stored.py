@@ -39,7 +39,7 @@ def stored_index(file: DataFile, kind: str, columns: int, make: Callable[[DataFi
     stamped = np.concatenate([np.full((1, columns), stamp), made])
     for place in places:
         with contextlib.suppress(OSError):
-            store(place, stamped)
+            _store(place, stamped)
             if (index := _load(place, stamp, columns)) is not None:
                 return index
     stamped.flags.writeable = False
@@ -69,13 +69,13 @@ def _load(place: Path, stamp: int, columns: int) -> np.ndarray | None:
     return index[1:] if shaped and index.dtype == np.int64 and (index[0] == stamp).all() else None
 
 
-def store(place: Path, array: np.ndarray) -> None:
-    """Writes an array to a file, in folders that are made, whole or not at all."""
+def _store(place: Path, index: np.ndarray) -> None:
+    """Writes an index whole or not at all."""
     place.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=place.parent, prefix=place.name, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.save(file, array)
+            np.save(file, index)
         os.replace(name, place)
     except BaseException:
         os.unlink(name)
