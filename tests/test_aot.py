@@ -217,14 +217,16 @@ def test_errors_of_the_command_are_one_line(config_file, monkeypatch, capsys):
     status, _, errors = call(capsys, *command, "--topology=v9")
     assert status == 1
     assert_one_line(errors, "'v9' is not known")
+    status, _, errors = call(capsys, *command, "--topology=v5e:2x2", "--effort=2")
+    assert status == 2 and "argument --effort: invalid effort value: '2'" in errors
     monkeypatch.setattr(aot_targets, "missing_compiler", lambda target: "libtpu")
     status, _, errors = call(capsys, *command, "--topology=v5e:2x2")
     assert status == 1
     assert_one_line(errors, "needs libtpu: pip install 'uhd-jax[aot]'")
 
 
-@pytest.mark.parametrize(("topology", "kernel"), [("v5e:2x2", "splash"), ("h100:8", "xla")])
-def test_small_steps_compile_for_machines_that_are_not_there(topology, kernel, tmp_path):
+@pytest.mark.parametrize(("topology", "kernel", "effort"), [("v5e:2x2", "splash", -1), ("h100:8", "xla", 0)])
+def test_small_steps_compile_for_machines_that_are_not_there(topology, kernel, effort, tmp_path):
     """In a process of its own, which has no devices yet; skipped without the extra `aot`."""
     if missing_compiler(parse_target(topology)):
         pytest.skip("the extra 'aot' is not installed")
@@ -232,10 +234,11 @@ def test_small_steps_compile_for_machines_that_are_not_there(topology, kernel, t
     config.write_text(SMALL)
     out = tmp_path / "report.json"
     command = [sys.executable, "-m", "uhd_jax", "compile", f"--config={config}", f"--topology={topology}"]
-    done = subprocess.run([*command, f"--out={out}", "--json"], capture_output=True, text=True, timeout=900)
+    command += [f"--effort={effort}", f"--out={out}", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
-    assert report == json.loads(out.read_text())
+    assert report == json.loads(out.read_text()) and report["effort"] == effort
     assert report["fits"] and 0 < report["peak_memory_bytes"] < GIB and report["compile_seconds"] > 0
     assert report["attention"] == kernel and (report["kernel_calls"] > 0) == (kernel == "splash")
     gathered = report["collectives"]["all-gather"]["payload_bytes"]
