@@ -97,8 +97,8 @@ def compile_step(config: RunConfig, stage: StageConfig, target: Target, effort: 
       stage: one of its stages.
       target: the machine.
       effort: how long the compiler may look for a faster step, -1 to 1 (`jax_exec_time_optimization_effort`). A TPU's
-        code generator takes most of the time; with -1 memory and collectives come out nearly the same, ten times
-        sooner (docs/pods.md).
+        code generator takes most of the time; with -1 memory and most collectives come out nearly the same, four to
+        ten times sooner (docs/pods.md).
 
     Raises:
       AotError: the machine or its compiler is missing, or the compiler fails for another reason than memory.
