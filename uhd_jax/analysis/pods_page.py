@@ -72,8 +72,8 @@ say "effort -1" where it was used. Both, for the same steps:
 
 @EFFORT@
 
-Memory came out within 3 %, and what travels too but for MiniCPM-V, whose parameters the compiler gathers more often when
-it takes its time: rows with "effort -1" may say too little there.
+Memory came out within 3 %, and what travels too but for MiniCPM-V, whose parameters the compiler gathers more often
+when it takes its time: rows with "effort -1" may say too little there.
 
 Times are those of two CPU cores that had other work beside it. The step of a small model (that of `tests/test_aot.py`)
 compiles for `v5e:2x2`, for two such slices (`2xv5e:2x2` with `mesh.dcn_data=2`), for `tpu7x:2x2x1` and for `h100:8`.
