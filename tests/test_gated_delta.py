@@ -25,6 +25,7 @@ from uhd_jax.sharding.mesh import make_mesh
 HEADS, GROUPS, KEY, VALUE, CHANNELS, WIDTH = 2, 2, 6, 5, 7, 4
 chunked = jax.jit(chunked_delta, static_argnames="chunk")
 recurrent = jax.jit(recurrent_delta)
+convolution, tail_of = jax.jit(causal_convolution), jax.jit(convolution_tail, static_argnums=1)
 
 
 def inputs(rows, length, dtype=np.float32, seed=0, decay=1.0):
@@ -33,14 +34,14 @@ def inputs(rows, length, dtype=np.float32, seed=0, decay=1.0):
     value = random.normal(size=(rows, length, HEADS * GROUPS, VALUE))
     log_decay = -decay * random.exponential(size=(rows, length, HEADS * GROUPS))
     beta = random.uniform(size=log_decay.shape)
-    arrays = [jnp.asarray(a, dtype) for a in (query, key, value)]
-    return *arrays, jnp.asarray(log_decay, jnp.float32), jnp.asarray(beta, jnp.float32)
+    arrays = [a.astype(jnp.dtype(dtype)) for a in (query, key, value)]
+    return *arrays, log_decay.astype(np.float32), beta.astype(np.float32)
 
 
 def by_hand(query, key, value, log_decay, beta, state=None):
     """One row of one sample in float64, straight from the formula."""
     query, key, value, log_decay, beta = (
-        np.asarray(a.astype(jnp.float32), np.float64) for a in (query, key, value, log_decay, beta)
+        a.astype(np.float32).astype(np.float64) for a in (query, key, value, log_decay, beta)
     )
     out = np.zeros(value.shape)
     state = np.zeros((HEADS * GROUPS, KEY, VALUE)) if state is None else state.copy()
@@ -58,7 +59,7 @@ def by_hand(query, key, value, log_decay, beta, state=None):
 @pytest.mark.parametrize("rule", [functools.partial(chunked, chunk=16), recurrent], ids=["chunked", "recurrent"])
 def test_equals_the_formula_in_float64(rule, length, dtype):
     given = inputs(2, length, dtype)
-    out, state = rule(*given, jnp.ones((2, length), int))
+    out, state = rule(*given, np.ones((2, length), int))
     assert out.dtype == state.dtype == jnp.float32  # also from bfloat16: the core is not rounded
     for row in range(2):
         expected = by_hand(*(a[row] for a in given))
@@ -68,7 +69,7 @@ def test_equals_the_formula_in_float64(rule, length, dtype):
 
 def test_chunk_of_64_at_a_length_that_is_no_multiple():
     given = inputs(1, 150)
-    out, state = chunked(*given, jnp.ones((1, 150), int))
+    out, state = chunked(*given, np.ones((1, 150), int))
     expected = by_hand(*(a[0] for a in given))
     np.testing.assert_allclose(out[0], expected[0], atol=2e-6, rtol=0)
     np.testing.assert_allclose(state[0], expected[1], atol=2e-6, rtol=0)
@@ -78,15 +79,15 @@ def test_chunk_of_64_at_a_length_that_is_no_multiple():
 def test_weak_and_strong_decay(decay):
     """A sum of 64 strong decays underflows as exponential and, as float32, swallows a weak one beside it."""
     query, key, value, log_decay, beta = inputs(1, 64, decay=decay)
-    log_decay = log_decay.at[:, 40:].multiply(1e-5 if decay > 1 else 1)
+    log_decay[:, 40:] *= 1e-5 if decay > 1 else 1
     given = query, key, value, log_decay, beta
 
     def total(*given):
-        return jnp.sum(jnp.square(chunked(*given, jnp.ones((1, 64), int))[0]))
+        return jnp.sum(jnp.square(chunked(*given, np.ones((1, 64), int))[0]))
 
-    out, _ = chunked(*given, jnp.ones((1, 64), int))
+    out, _ = chunked(*given, np.ones((1, 64), int))
     np.testing.assert_allclose(out[0], by_hand(*(a[0] for a in given))[0], atol=2e-6, rtol=0)
-    assert all(np.isfinite(g).all() for g in jax.grad(total, argnums=range(5))(*given))
+    assert all(np.isfinite(g).all() for g in jax.jit(jax.grad(total, argnums=range(5)))(*given))
 
 
 SEGMENTS = [
@@ -100,7 +101,7 @@ SEGMENTS = [
 def test_packed_equals_separate(rule):
     segments = np.array(SEGMENTS)
     given = inputs(*segments.shape)
-    out, state = rule(*given, jnp.asarray(segments))
+    out, state = rule(*given, segments)
     for row, numbers in enumerate(segments):
         for number in range(1, numbers.max() + 1):
             places = np.flatnonzero(numbers == number)
@@ -110,7 +111,7 @@ def test_packed_equals_separate(rule):
 
 
 def test_gradients_of_chunks_equal_those_of_single_tokens():
-    segments = jnp.array(SEGMENTS)
+    segments = np.array(SEGMENTS)
     given = inputs(*segments.shape)
     weights = np.random.default_rng(1).normal(size=given[2].shape) * (segments > 0)[..., None, None]
 
@@ -125,7 +126,7 @@ def test_gradients_of_chunks_equal_those_of_single_tokens():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_going_on_from_a_state(dtype):
     given = inputs(2, 41, dtype)
-    segments = jnp.ones((2, 41), int)
+    segments = np.ones((2, 41), int)
     expected, last = chunked(*given, segments, chunk=16)
     out, state = chunked(*(a[:, :30] for a in given), segments[:, :30], chunk=16)
     np.testing.assert_allclose(out, expected[:, :30], atol=1e-6, rtol=0)
@@ -142,28 +143,28 @@ def test_going_on_from_a_state(dtype):
 def test_convolution(length):
     random = np.random.default_rng(0)
     x, kernel = random.normal(size=(2, length, CHANNELS)), random.normal(size=(WIDTH, CHANNELS))
-    segments = jnp.ones((2, length), int)
-    ours = causal_convolution(jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32), segments)
+    segments = np.ones((2, length), int)
+    ours = convolution(x.astype(np.float32), kernel.astype(np.float32), segments)
     padded = np.pad(x, ((0, 0), (WIDTH - 1, 0), (0, 0)))
     expected = np.stack([(padded[:, t : t + WIDTH] * kernel).sum(1) for t in range(length)], axis=1)
     np.testing.assert_allclose(ours, expected, atol=1e-6, rtol=0)
-    tail = convolution_tail(jnp.asarray(x, jnp.float32), WIDTH, segments)
+    tail = tail_of(x.astype(np.float32), WIDTH, segments)
     np.testing.assert_array_equal(tail, padded[:, -(WIDTH - 1) :].astype(np.float32))
 
 
 def test_convolution_of_packed_rows_and_its_tail():
     random = np.random.default_rng(0)
     segments = np.array([*SEGMENTS, [0] * 37])
-    x = jnp.asarray(random.normal(size=(*segments.shape, CHANNELS)), jnp.float32)
-    kernel = jnp.asarray(random.normal(size=(WIDTH, CHANNELS)), jnp.float32)
-    ours = causal_convolution(x, kernel, jnp.asarray(segments))
-    tails = convolution_tail(x, WIDTH, jnp.asarray(segments))
+    x = random.normal(size=(*segments.shape, CHANNELS)).astype(np.float32)
+    kernel = random.normal(size=(WIDTH, CHANNELS)).astype(np.float32)
+    ours = np.asarray(convolution(x, kernel, segments))
+    tails = np.asarray(tail_of(x, WIDTH, segments))
     for row, numbers in enumerate(segments):
         for number in range(1, numbers.max() + 1):
             places = np.flatnonzero(numbers == number)
-            alone = causal_convolution(x[row][places][None], kernel, jnp.ones((1, len(places)), int))
+            alone = convolution(x[row][places][None], kernel, np.ones((1, len(places)), int))
             np.testing.assert_allclose(ours[row, places], alone[0], atol=1e-6, rtol=0)
-            tail = convolution_tail(x[row][places][None], WIDTH, jnp.ones((1, len(places)), int))[0]
+            tail = tail_of(x[row][places][None], WIDTH, np.ones((1, len(places)), int))[0]
         if numbers.any():
             np.testing.assert_array_equal(tails[row], tail)
             step = [convolution_step(x[row][None, :1], kernel, tail[None]) for tail in (tails[row], tail)]
@@ -173,8 +174,8 @@ def test_convolution_of_packed_rows_and_its_tail():
 def test_convolution_token_by_token():
     random = np.random.default_rng(0)
     x = jnp.asarray(random.normal(size=(2, 9, CHANNELS)), jnp.bfloat16)
-    kernel = jnp.asarray(random.normal(size=(WIDTH, CHANNELS)), jnp.float32)
-    expected = causal_convolution(x, kernel, jnp.ones((2, 9), int))
+    kernel = random.normal(size=(WIDTH, CHANNELS)).astype(np.float32)
+    expected = convolution(x, kernel, np.ones((2, 9), int))
     tail = jnp.zeros((2, WIDTH - 1, CHANNELS), x.dtype)
     for t in range(9):
         out, tail = convolution_step(x[:, t : t + 1], kernel, tail)

@@ -26,8 +26,9 @@ from uhd_jax.config import (
 )
 from uhd_jax.data import index as indexing
 from uhd_jax.data import known as knowing
-from uhd_jax.data.index import index_path, known_samples, open_index
+from uhd_jax.data.index import index_path, open_index
 from uhd_jax.data.known import Known, bits_of
+from uhd_jax.data.known_from_index import known_samples
 from uhd_jax.data.sources import SourceError, check_data, make_source
 from uhd_jax.data.windows import COUNTERS, MALFORMED, REFUSED
 from uhd_jax.slicing.sizes import Size

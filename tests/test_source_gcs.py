@@ -8,7 +8,8 @@ from pipelines import TOKENIZER, equal, iterator, take
 from test_source_formats import WRITE, opened
 
 from uhd_jax.config import ChatConfig, DataConfig
-from uhd_jax.data.index import index_path, known_samples, open_index
+from uhd_jax.data.index import index_path, open_index
+from uhd_jax.data.known_from_index import known_samples
 from uhd_jax.data.sources import SourceError, make_source
 from uhd_jax.slicing.sizes import ImageRefused
 

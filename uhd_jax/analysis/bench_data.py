@@ -40,7 +40,8 @@ from uhd_jax.config import (
     StageConfig,
     TrainConfig,
 )
-from uhd_jax.data.index import index_path, known_samples, open_index
+from uhd_jax.data.index import index_path, open_index
+from uhd_jax.data.known_from_index import known_samples
 from uhd_jax.data.pipeline import BatchIterator, make_iterator
 from uhd_jax.data.sources import make_source
 from uhd_jax.data.tokenizer import load_tokenizer

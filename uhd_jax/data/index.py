@@ -29,7 +29,7 @@ from uhd_jax.config import ChatConfig, ConfigError, DataConfig, ImageLimits, to_
 from uhd_jax.data import workers
 from uhd_jax.data.chat import ChatError, ImagePart, encode_chat
 from uhd_jax.data.images import ImageFolder, images_below
-from uhd_jax.data.known import REFERENCE, Known, bits_of
+from uhd_jax.data.known import REFERENCE
 from uhd_jax.data.sources import SOURCES, Source, SourceError, check_data, facts_of, make_source
 from uhd_jax.data.sources.files import DataFile, find_files, is_url
 from uhd_jax.data.sources.mixture import MixtureOptions
@@ -153,8 +153,8 @@ def open_index(
         for tokenizer in [load_tokenizer(chat.tokenizer, chat)]
         for key in [chat_key(chat, tokenizer)]
     }
-    stamp = _stamp(data, len(source), limits)
-    kept = _kept(path, stamp, source, tokenizers) if path else None
+    stamp = index_stamp(data, len(source), limits)
+    kept = kept_index(path, stamp, source, tokenizers) if path else None
     missing = [chat for key, (chat, _) in tokenizers.items() if kept is None or key not in kept.texts]
     if kept is not None and not missing:
         return kept, False
@@ -213,71 +213,6 @@ def _open_parts(
 def parts_of(options: MixtureOptions) -> list[DataConfig]:
     """The parts of a mixture as data of their own."""
     return [DataConfig(part.source, part.options, part.index) for part in options.parts]
-
-
-def known_samples(
-    data: DataConfig, source: Source, chat: ChatConfig, tokenizer: Tokenizer, limits: ImageLimits = ImageLimits()
-) -> Known | None:
-    """What is known of a source's samples from the indices that were made of it; nothing is made here.
-
-    Args:
-      data: names the source, and its index unless that lies beside it.
-      source: opened from it.
-      chat: prompt form of the stage.
-      tokenizer: of that prompt form.
-      limits: what an image may be.
-
-    Returns:
-      None where there is no index. What is wrong with one that `data` does not name is said in the log.
-
-    Raises:
-      ConfigError: an index that `data` names is not there, or not one of this data and prompt form.
-    """
-    options = check_data(data)
-    mixed = isinstance(options, MixtureOptions)
-    parts = list(zip(parts_of(options), source.sources, strict=True)) if mixed else [(data, source)]
-    key = chat_key(chat, tokenizer)
-    found = [_usable(part, opened, {key: (chat, tokenizer)}, limits) for part, opened in parts]
-    if all(index is None for index in found):
-        return None
-    starts, sizes, tokens, bits = [np.zeros(1, np.int64)], [], [], []
-    for (_, opened), index in zip(parts, found, strict=True):
-        first, count = starts[-1][-1], len(opened)
-        if index is None:
-            starts.append(np.full(count, first))
-            tokens.append(np.zeros(count, np.int32))
-            bits.append(bits_of(np.zeros(count, bool), np.zeros(count, np.int32), range(count)))
-            continue
-        texts = index.texts[key]
-        starts.append(first + index.starts[1:])
-        sizes.append(index.sizes)
-        tokens.append(texts.tokens)
-        bits.append(bits_of(index.answered, texts.trained, [*index.troubles, *texts.troubles]))
-    return Known(*map(np.concatenate, (starts, sizes, tokens, bits)))
-
-
-def _usable(
-    data: DataConfig, source: Source, form: Mapping[str, tuple[ChatConfig, Tokenizer]], limits: ImageLimits
-) -> DataIndex | None:
-    """The index of a source that is no mixture, if it is right and has the lengths of a prompt form, by its key."""
-    path = index_path(data)
-    if path is None or not (data.index or path.is_file()):
-        return None
-    index = _kept(path, _stamp(data, len(source), limits), source, form)
-    if index is not None and form.keys() <= index.texts.keys():
-        return index
-    if index is not None:
-        trouble = "has no lengths of texts in this stage's prompt form"
-    else:
-        trouble = "is no index of this data as it is now" if path.is_file() else "is not there"
-    if data.index:
-        raise ConfigError(f"index: {path} {trouble}; make it anew with uhd-jax data index")
-    logger.warning(
-        "%s %s, and is not used; uhd-jax data index makes it anew, or in another place that data.index names",
-        path,
-        trouble,
-    )
-    return None
 
 
 class Measured(NamedTuple):
@@ -364,17 +299,24 @@ def _make(job: _Job, count: int, processes: int, progress: Callable[[int, int], 
     return DataIndex(np.concatenate(([0], images.cumsum())), all_sizes, answered, troubles, texts)
 
 
-def _stamp(data: DataConfig, count: int, limits: ImageLimits) -> dict[str, Any]:
+def index_stamp(data: DataConfig, count: int, limits: ImageLimits) -> dict[str, Any]:
     """By which an index is known to be of this data."""
     return {"version": _VERSION, "count": count, "data": data_stamp(data), "limits": to_dict(limits)}
 
 
-def _kept(
-    path: Path, stamp: Mapping[str, Any], source: Source, tokenizers: Mapping[str, tuple[ChatConfig, Tokenizer]]
+def kept_index(
+    path: Path, stamp: Mapping[str, Any], source: Source, forms: Mapping[str, tuple[ChatConfig, Tokenizer]]
 ) -> DataIndex | None:
-    """The index of a file, if it is of this data and some samples are still what it says."""
+    """The index of a file, if it is of this data and some samples are still what it says; nothing is made here.
+
+    Args:
+      path: the file.
+      stamp: of the data (`index_stamp`).
+      source: the data; no mixture.
+      forms: prompt forms that are compared too, by `chat_key`, if the index has them.
+    """
     kept = _load(path, stamp)
-    return kept if kept is not None and _still_right(kept, source, tokenizers) else None
+    return kept if kept is not None and _still_right(kept, source, forms) else None
 
 
 def _still_right(kept: DataIndex, source: Source, tokenizers: Mapping[str, tuple[ChatConfig, Tokenizer]]) -> bool:

@@ -13,8 +13,8 @@ import jax
 from uhd_jax.batch import Batch
 from uhd_jax.config import ConfigError, ModelConfig, RunConfig, StageConfig
 from uhd_jax.data.balance import imbalance
-from uhd_jax.data.index import known_samples
 from uhd_jax.data.known import Known
+from uhd_jax.data.known_from_index import known_samples
 from uhd_jax.data.pipeline import BatchIterator, make_iterator
 from uhd_jax.data.sources import Source, make_source
 from uhd_jax.data.tokenizer import Tokenizer, load_tokenizer
