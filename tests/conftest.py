@@ -19,7 +19,7 @@ jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 # Tests compile much and compute little; this halves the time they take. Read when the first device is asked for, and
 # inherited by the processes that tests start.
 if "XLA_FLAGS" not in os.environ:
-    xla_flags = ["--xla_backend_optimization_level=1", "--xla_llvm_disable_expensive_passes=true"]
+    xla_flags = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
     if jax.__version_info__ < (0, 11):  # later versions refuse this flag
         xla_flags.append("--xla_cpu_use_fusion_emitters=false")
         # Eight devices on two busy cores wait for each other for long, which XLA takes for a deadlock after 40 seconds.
