@@ -14,7 +14,6 @@ import functools
 import glob
 import hashlib
 import json
-import logging
 import os
 import re
 import zipfile
@@ -42,8 +41,6 @@ STRETCH = 512  # samples that a worker reads at a time
 _VERSION = 1
 _COMPARED = 256  # samples read anew before an index is used again: what stands in a folder shows no time of change
 _READERS = 16  # threads for that
-
-logger = logging.getLogger(__name__)
 
 
 class Trouble(NamedTuple):
@@ -162,11 +159,11 @@ def open_index(
         path.parent.mkdir(parents=True, exist_ok=True)  # not only when all is read
     made = _make(_Job(data, limits, tuple(missing), kept is None), len(source), processes, progress)
     if kept is not None:
+        lost = {row: trouble for row, trouble in made.troubles.items() if row not in kept.troubles}
         for texts in made.texts.values():
             for array in (texts.tokens, texts.trained):
                 array[list(kept.troubles)] = 0  # whose images nobody has looked at this time
-        for texts in made.texts.values():  # of rows that cannot be read this time nothing is known
-            texts.troubles.update({row: trouble for row, trouble in made.troubles.items() if row not in kept.troubles})
+            texts.troubles.update(lost)  # rows that could be read the last time
         made = dataclasses.replace(kept, texts={**kept.texts, **made.texts})
     if path:
         _save(path, made, stamp)
