@@ -169,6 +169,16 @@ def test_show_says_that_a_sample_is_dropped(capsys, config_file, conversation):
     assert call(capsys, *argv, "--config.train.stages[0].packed_length=110")[1].count("slice 2") == 1
 
 
+def test_show_says_why_a_sample_is_not_trained_on(capsys, config_file, tmp_path):
+    path = tmp_path / "silent.jsonl"
+    said = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": ""}]
+    path.write_text("\n".join(json.dumps({"conversations": turns}) for turns in (said, said[:1])))
+    for sample, reason in enumerate(("an answer is empty", "no answer to train on")):
+        argv = ("data", "show", str(sample), f"--config={config_file}", "--source=json", f"--option=path={path}")
+        assert f"; DROPPED: {reason}" in call(capsys, *argv)[1]
+        assert json.loads(call(capsys, *argv, "--json")[1])["dropped"] == reason
+
+
 def test_show_alters_images_as_an_epoch_does(capsys, config_file, conversation):
     argv = ("data", "show", "0", f"--config={config_file}", ROOMY, "--source=json", f"--option=path={conversation}")
     augment = "--config.train.stages[0].augment"

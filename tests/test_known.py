@@ -224,7 +224,7 @@ def test_what_changed_since_is_counted(tmp_path, what, caplog):
         found = stale(data, change)
     counter = REFUSED if what == "image" else MALFORMED
     assert found[-1][1].counters[counter] > fresh[-1][1].counters[counter]
-    assert any("make the index anew: uhd-jax data index" in line for line in caplog.messages)
+    assert any("uhd-jax data index --anew" in line for line in caplog.messages)
     assert sum(info.samples for _, info in found) < sum(info.samples for _, info in fresh)
 
 
@@ -282,6 +282,18 @@ def test_a_mixture_has_no_index_of_its_own(data):
         check_data(mixture)
 
 
+def test_an_index_takes_no_other_files_place(tmp_path):
+    data = write(tmp_path / "data")
+    mine = tmp_path / "mine.json"
+    mine.write_text("[]")
+    with pytest.raises(ConfigError, match=r"mine\.json is there, but no index that can be read; name another file"):
+        open_index(data, [CHAT], path=mine)
+    assert mine.read_text() == "[]"
+    other = tmp_path / "other.npz"
+    for anew, made in ((False, True), (False, False), (True, True)):
+        assert open_index(data, [CHAT], path=other, anew=anew)[1] == made
+
+
 def test_an_index_lies_on_a_disk(data):
     there = dataclasses.replace(data, index="gs://bucket/a.npz")
     with pytest.raises(ConfigError, match="gs://bucket/a.npz: is written and read on a local disk"):
@@ -304,7 +316,7 @@ def test_a_damaged_index_is_not_used(tmp_path, caplog):
 def test_an_index_that_is_named_has_to_suit(tmp_path):
     data = dataclasses.replace(write(tmp_path / "data"), index=str(tmp_path / "other.npz"))
     source = make_source(data)
-    with pytest.raises(ConfigError, match=r"other\.npz is not there; make it anew with uhd-jax data index"):
+    with pytest.raises(ConfigError, match=r"other\.npz is not there; make it with uhd-jax data index --anew"):
         known_samples(data, source, CHAT, TOKENIZER)
     open_index(data, [CHAT], path=index_path(data))
     assert (tmp_path / "other.npz").is_file()

@@ -48,6 +48,12 @@ def test_everything_comes_out_again(tmp_path):
     assert_holds(tmp_path / "out", data, left_out=[5, 11])
     assert summary["complete"] and (summary["samples"], summary["shards"]) == (58, 4)
     assert summary["skipped"] == {REFUSED: 1, MALFORMED: 1} and done[-1] == (60, 60)
+    lost = tmp_path / "out/data-00001-of-00004.arrayrecord"
+    lost.rename(tmp_path / "lost")
+    with pytest.raises(PackError, match="only 3 of 4 shards are there; bring back those that were lost"):
+        pack(data, tmp_path / "out", shard_samples=16)
+    (tmp_path / "lost").rename(lost)
+    assert pack(data, tmp_path / "out", shard_samples=16) == summary
     line, other = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
     assert line["sample"] == 5 and line["where"].endswith("train.jsonl:6") and "absent.png" in line["reason"]
     assert other["sample"] == 11 and "'bot'" in other["reason"]

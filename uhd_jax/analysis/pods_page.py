@@ -66,7 +66,7 @@ not fit at one time.
 
 ## What effort changes
 
-TPU compilers take a quarter of an hour and more of two cores for such a step, almost all of it in the code generator.
+TPU compilers take 10 to 40 minutes of two cores for such a step, almost all of it in the code generator.
 `--effort=-1` (`jax_exec_time_optimization_effort`) takes less of it, for a program that would run slower; rows above
 say "effort -1" where it was used. Both, for the same steps:
 

@@ -17,6 +17,7 @@ from uhd_jax.data.augment import Alteration
 from uhd_jax.data.chat import EncodedSample
 from uhd_jax.data.prepare import Prepared, Preparer
 from uhd_jax.data.tokenizer import StreamDecoder, Tokenizer
+from uhd_jax.data.windows import says_something
 from uhd_jax.slicing.viewer import PAGE_WIDTH, draw_slices
 
 SpanKind = Literal["text", "trained", "mark", "visual"]
@@ -47,6 +48,7 @@ class SampleView:
     prepared: Prepared
     images: list[np.ndarray]  # uint8[H, W, 3], altered
     spans: tuple[Span, ...]
+    dropped: str = ""  # why it is not trained on although it fits; empty: it is
     limited: bool = True  # rows have an end of views: buckets that are planned, or the slots of the stage
 
     @property
@@ -61,6 +63,7 @@ class SampleView:
         return {
             "where": self.where,
             "max_slices": limit if self.fits else 0,
+            "dropped": self.dropped,
             "views_limited": self.limited,
             "rounds_cut": rounds,
             "images_cut": self.prepared.first_image,
@@ -95,7 +98,10 @@ def view_sample(preparer: Preparer, sample: int, epoch: int, tokenizer: Tokenize
     prepared = fitted or preparer.smallest(sample, epoch, messages, sizes)
     spans = tuple(_spans(prepared.sample, tokenizer))
     images, limited = preparer.images(prepared), bool(stage.buckets or stage.slots)
-    return SampleView(source.where(sample), fitted is not None, prepared, images, spans, limited)
+    dropped = "" if prepared.sample.trained.any() else "no answer to train on"
+    if stage.objective == "language" and not all(map(says_something, messages)):
+        dropped = "an answer is empty"
+    return SampleView(source.where(sample), fitted is not None, prepared, images, spans, dropped, limited)
 
 
 def to_text(view: SampleView, colours: bool) -> str:
@@ -172,6 +178,8 @@ def _headline(view: SampleView) -> str:
     fits = f"at most {numbers['max_slices']} slices per image" if view.fits else "DROPPED: too long for every row"
     if rounds := numbers["rounds_cut"]:
         fits += f"; the oldest {f'{rounds} rounds' if rounds > 1 else 'round'} of question and answer cut"
+    if view.dropped:
+        fits = f"DROPPED: {view.dropped}"
     if not view.limited:
         fits += "\nbuckets are not planned: views unlimited here (uhd-jax data plan)"
     return (

@@ -7,8 +7,8 @@ It needs the real compilers (pip install 'uhd-jax[aot]') and no accelerator. Mes
 configuration's: --config.train.mesh.tensor=2, --config.train.stages[0].rows=32, --config.model.decoder_remat=dots.
 Topologies: v5e:4x4, v5p:4x4x4, v6e:4x8, tpu7x:2x2x1, their friendly names (v5e-16; v5p-128, which counts cores),
 several slices (2xv5e:4x4), and hosts of GPUs (8xh100, h200:16). A step takes minutes to compile, whatever the number of
-chips; for TPUs --effort=-1 is four to ten times quicker and says nearly the same. The status is 0 also where the step
-does not fit; docs/pods.md explains what is printed.
+chips; for TPUs --effort=-1 is four to ten times quicker and says nearly the same of memory. The status is 0 also where
+the step does not fit; docs/pods.md explains what is printed.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument(
             "--index", type=file_to_write, metavar="F.npz", help="where the index is kept (default: beside the data)"
         )
+    index.add_argument("--anew", action="store_true", help="make it in any case, as after changes of images")
     stats.add_argument("--out", type=file_to_write, metavar="F.png", help="draw it")
     plan.add_argument("--programs", type=positive, metavar="N", help="at most (default: the stage's bucket_budget)")
     show = add("show", "one sample as the model will see it: views, and text with the trained tokens apart")
@@ -136,7 +137,8 @@ def _one(stages: Sequence[StageConfig], command: str) -> StageConfig:
 
 
 def _index(arguments: argparse.Namespace, config: RunConfig) -> None:
-    from uhd_jax.data.index import index_path
+    from uhd_jax.data.index import index_path, parts_of
+    from uhd_jax.data.sources import check_data
 
     facts = []
     for data, index, made in _indices(arguments, config, _stages(arguments, config)):
@@ -144,12 +146,13 @@ def _index(arguments: argparse.Namespace, config: RunConfig) -> None:
             *index.troubles.items(),
             *(item for texts in index.texts.values() for item in texts.troubles.items()),
         ]
-        path = arguments.index or index_path(data)
+        parts = parts_of(check_data(data)) if data.source == "mixture" else [data]
+        paths = [str(path) for part in parts if (path := arguments.index or index_path(part))]
         facts.append(
             {
                 "source": data.source,
                 "options": dict(data.options),
-                "index": str(path) if path else None,
+                "index": ", ".join(paths) or None,
                 "made": made,
                 "samples": len(index),
                 "images": len(index.sizes),
@@ -357,7 +360,8 @@ def _indices(
     for data, chats in sources:
         path = arguments.index or index_path(data)
         with _bar(f"index {data.source}") as progress:
-            index, made = open_index(data, chats, limits, path, arguments.workers or cores(), progress)
+            anew = getattr(arguments, "anew", False)
+            index, made = open_index(data, chats, limits, path, arguments.workers or cores(), progress, anew)
         yield data, index, made
 
 

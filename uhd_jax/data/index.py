@@ -121,6 +121,7 @@ def open_index(
     path: Path | None = None,
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda done, count: None,
+    anew: bool = False,
 ) -> tuple[DataIndex, bool]:
     """The index of a source, from its file where that is still right, else made and written.
 
@@ -131,18 +132,20 @@ def open_index(
       path: the file of the index; None: not kept. The parts of a mixture are kept each in its own place.
       processes: that read the data.
       progress: called with samples done and samples in all.
+      anew: make it in any case.
 
     Returns:
       The index, and whether it had to be made.
 
     Raises:
-      ConfigError, SourceError, NoImages, TokenizerError: the source or a tokenizer cannot be opened.
+      ConfigError: the source is misconfigured, or the file is there and no index.
+      SourceError, NoImages, TokenizerError: the source or a tokenizer cannot be opened.
       WorkerError: a process is gone.
       OSError: the file cannot be written.
     """
     options = check_data(data)
     if isinstance(options, MixtureOptions):
-        return _open_parts(options, chats, limits, processes, progress)
+        return _open_parts(options, chats, limits, processes, progress, anew)
     source = make_source(data, limits)
     tokenizers = {
         key: (chat, tokenizer)
@@ -151,7 +154,9 @@ def open_index(
         for key in [chat_key(chat, tokenizer)]
     }
     stamp = index_stamp(data, len(source), limits)
-    kept = kept_index(path, stamp, source, tokenizers) if path else None
+    if path and path.exists() and not path.name.endswith(SUFFIX) and not _is_index(path):
+        raise ConfigError(f"index: {path} is there, but no index that can be read; name another file, or remove it")
+    kept = kept_index(path, stamp, source, tokenizers) if path and not anew else None
     missing = [chat for key, (chat, _) in tokenizers.items() if kept is None or key not in kept.texts]
     if kept is not None and not missing:
         return kept, False
@@ -176,10 +181,11 @@ def _open_parts(
     limits: ImageLimits,
     processes: int,
     progress: Callable[[int, int], None],
+    anew: bool,
 ) -> tuple[DataIndex, bool]:
     """The index of a mixture, out of those of its parts."""
     parts = parts_of(options)
-    opened = [open_index(part, chats, limits, index_path(part), processes, progress) for part in parts]
+    opened = [open_index(part, chats, limits, index_path(part), processes, progress, anew) for part in parts]
     indices = [index for index, _ in opened]
     firsts = np.cumsum([0, *map(len, indices)]).tolist()
 
@@ -383,6 +389,14 @@ def _save(path: Path, index: DataIndex, stamp: Mapping[str, Any]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _is_index(path: Path) -> bool:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return "version" in json.loads(arrays["meta"].tobytes())
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
+        return False
 
 
 def _load(path: Path, stamp: Mapping[str, Any]) -> DataIndex | None:

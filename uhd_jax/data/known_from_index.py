@@ -73,9 +73,9 @@ def _usable(
     else:
         trouble = "is no index of this data as it is now" if path.is_file() else "is not there"
     if data.index:
-        raise ConfigError(f"index: {path} {trouble}; make it anew with uhd-jax data index")
+        raise ConfigError(f"index: {path} {trouble}; make it with uhd-jax data index --anew")
     logger.warning(
-        "%s %s, and is not used; uhd-jax data index makes it anew, or in another place that data.index names",
+        "%s %s, and is not used; uhd-jax data index --anew makes it anew, or in another place that data.index names",
         path,
         trouble,
     )

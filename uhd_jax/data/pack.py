@@ -94,6 +94,10 @@ def _pack(
     facts = json.loads(json.dumps(facts))
     summary = _summary(folder, facts)
     if summary["complete"]:
+        there, packed = len(list(folder.glob("data-*.arrayrecord"))), summary["shards"]
+        if there != packed:
+            lost = f"{folder}: only {there} of {packed} shards are there"
+            raise PackError(f"{lost}; bring back those that were lost, or pack into a new folder")
         progress(count, count)
         return summary
     _write_json(folder / SUMMARY, summary)

@@ -378,5 +378,5 @@ class _RenderedBatchIterator(grain.DatasetIterator):
             return Problem(index, MALFORMED, str(error).removeprefix(f"{planner.where(index)}: "))
         except ValueError as error:
             if prepared.sample is None:
-                return Problem(index, REFUSED, f"{error}; if it has changed, make the index anew: uhd-jax data index")
+                return Problem(index, REFUSED, f"{error}; if it has changed: uhd-jax data index --anew")
             raise PipelineError(f"{planner.where(index)}: {error}") from error

@@ -137,7 +137,7 @@ class Preparer:
             found, said = sample.needs, prepared.needs
             raise SourceError(
                 f"its index says {said.tokens} tokens and {said.views} views, some of them trained, but it has "
-                f"{found.tokens}, {found.views} and {sample.trained.sum()}; make the index anew: uhd-jax data index"
+                f"{found.tokens}, {found.views} and {sample.trained.sum()}: uhd-jax data index --anew"
             )
         return sample
 
