@@ -304,7 +304,7 @@ def test_a_damaged_index_is_not_used(tmp_path, caplog):
     data = write(tmp_path / "data")
     source, _ = indexed(data)
     whole, rng = index_path(data).read_bytes(), np.random.default_rng(0)
-    for _ in range(40):
+    for _ in range(100):
         damaged = bytearray(whole)
         for place in rng.integers(0, len(whole), 3):
             damaged[place] ^= int(rng.integers(1, 256))
