@@ -29,7 +29,9 @@ from uhd_jax.data.sources.mixture import MixedStream, MixtureOptions, Stream
 from uhd_jax.data.tokenizer import load_tokenizer
 from uhd_jax.data.waste import Waste, packing_waste
 from uhd_jax.data.windows import (
+    EMPTY_ANSWER,
     FEWER_SLICES,
+    NO_ANSWER,
     PLANNING_SAMPLES,
     REFUSED,
     TOO_LONG,
@@ -103,7 +105,7 @@ class StageData:
         self._troubles = self._texts.troubles.copy()
         if stage.objective == "language":
             silent = np.flatnonzero(~index.answered).tolist()
-            self._troubles |= {sample: Trouble(UNTRAINED, "an answer is empty") for sample in silent}
+            self._troubles |= {sample: Trouble(UNTRAINED, EMPTY_ANSWER) for sample in silent}
         self._troubles |= index.troubles
         self._seed = stage_seed(stage, train)
         self._places = self._seen()
@@ -139,7 +141,7 @@ class StageData:
             )
             troubles[i] = Trouble(TOO_LONG, f"{smallest} fit into no row; the longest has {longest} tokens")
         untrained = good & (limits > 0) & (found.trained == 0)
-        troubles |= {i: Trouble(UNTRAINED, "no answer to train on") for i in np.flatnonzero(untrained).tolist()}
+        troubles |= {i: Trouble(UNTRAINED, NO_ANSWER) for i in np.flatnonzero(untrained).tolist()}
         limits = np.where(untrained, 0, limits)
         reasons = [(sample, *trouble) for sample, trouble in troubles.items()]
         for i in np.flatnonzero((limits > 0) & ((limits < stage.max_slices) | (found.rounds > 0))).tolist():

@@ -17,7 +17,7 @@ from uhd_jax.data.augment import Alteration
 from uhd_jax.data.chat import EncodedSample
 from uhd_jax.data.prepare import Prepared, Preparer
 from uhd_jax.data.tokenizer import StreamDecoder, Tokenizer
-from uhd_jax.data.windows import says_something
+from uhd_jax.data.windows import EMPTY_ANSWER, NO_ANSWER, says_something
 from uhd_jax.slicing.viewer import PAGE_WIDTH, draw_slices
 
 SpanKind = Literal["text", "trained", "mark", "visual"]
@@ -98,9 +98,9 @@ def view_sample(preparer: Preparer, sample: int, epoch: int, tokenizer: Tokenize
     prepared = fitted or preparer.smallest(sample, epoch, messages, sizes)
     spans = tuple(_spans(prepared.sample, tokenizer))
     images, limited = preparer.images(prepared), bool(stage.buckets or stage.slots)
-    dropped = "" if prepared.sample.trained.any() else "no answer to train on"
+    dropped = "" if prepared.sample.trained.any() else NO_ANSWER
     if stage.objective == "language" and not all(map(says_something, messages)):
-        dropped = "an answer is empty"
+        dropped = EMPTY_ANSWER
     return SampleView(source.where(sample), fitted is not None, prepared, images, spans, dropped, limited)
 
 

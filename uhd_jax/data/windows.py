@@ -44,6 +44,10 @@ KEPT = (FEWER_SLICES, TURNS_CUT)  # are trained on, though not whole
 DECODED = (REFUSED, MALFORMED)  # that also show only when pixels are read, by the host whose rows need them
 BROKEN = (REFUSED, MALFORMED, UNTRAINED)  # of which `TrainConfig.max_broken_samples` allows a share
 
+# Reasons of `UNTRAINED`.
+EMPTY_ANSWER = "an answer is empty"
+NO_ANSWER = "no answer to train on"
+
 JUDGED_AFTER = 1000  # samples; before, a few broken ones are no share to judge by
 
 
@@ -197,13 +201,13 @@ class WindowPlanner:
         try:
             if known:
                 if self.stage.objective == "language" and not known.answered:
-                    return None, [Problem(index, UNTRAINED, "an answer is empty")]
+                    return None, [Problem(index, UNTRAINED, EMPTY_ANSWER)]
                 if prepared := self.preparer.from_index(index, epoch, known, rows):
-                    untrained = [] if known.trained else [Problem(index, UNTRAINED, "no answer to train on")]
+                    untrained = [] if known.trained else [Problem(index, UNTRAINED, NO_ANSWER)]
                     return None if untrained else prepared, untrained
             messages, sizes = self.source.messages(index), self.source.sizes(index)
             if self.stage.objective == "language" and not all(map(says_something, messages)):
-                return None, [Problem(index, UNTRAINED, "an answer is empty")]
+                return None, [Problem(index, UNTRAINED, EMPTY_ANSWER)]
             prepared = self.preparer.prepare(index, epoch, messages, sizes, rows)
         except ImageRefused as error:
             return None, [Problem(index, REFUSED, str(error))]
@@ -212,7 +216,7 @@ class WindowPlanner:
         if prepared is None:
             return None, [Problem(index, TOO_LONG, _no_room(rows))]
         if not prepared.sample.trained.any():
-            return None, [Problem(index, UNTRAINED, "no answer to train on")]
+            return None, [Problem(index, UNTRAINED, NO_ANSWER)]
         given_up = reduction_reasons(prepared.reduction, self.stage.max_slices, len(sizes))
         return prepared, [Problem(index, counter, reason) for counter, reason in given_up.items()]
 
